@@ -1,0 +1,1 @@
+"""The control plane extension: who owns which bucket, and who may mount it."""

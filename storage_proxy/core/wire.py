@@ -1,0 +1,149 @@
+"""Values that travel between the packages: credentials, grants, bind specs. All frozen pydantic models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from .ids import AccessMode, MountKey, VFolderID, parse_bucket_name, parse_session_id, parse_volume_name
+from .paths import parse_prefix
+from .secrets import Secret
+
+
+class Wire(BaseModel):
+    """Base of what crosses a process border: frozen; unknown fields are ignored, so that newer senders stay readable."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+def _vfid(text: str) -> str:
+    return str(VFolderID.parse(text))
+
+
+def _target(text: str) -> str:
+    """An absolute path inside a container, without `.` or `..`."""
+    from .errors import InvalidPath
+    from .paths import RelPath
+
+    if not text.startswith("/"):
+        raise InvalidPath(f"Mount target {text[:80]!r} is not absolute.", hint="Write it as /data or /home/work/name.")
+    path = RelPath.parse(text.removeprefix("/"))
+    if path.is_root:
+        raise InvalidPath("A folder cannot be mounted over '/'.", hint="Write a target such as /data.")
+    return f"/{path.text}"
+
+
+VFolderText = Annotated[str, AfterValidator(_vfid)]
+VolumeText = Annotated[str, AfterValidator(lambda text: str(parse_volume_name(text)))]
+BucketText = Annotated[str, AfterValidator(parse_bucket_name)]
+PrefixText = Annotated[str, AfterValidator(parse_prefix)]
+SessionText = Annotated[str, AfterValidator(lambda text: str(parse_session_id(text)))]
+TargetText = Annotated[str, AfterValidator(_target)]
+
+
+class S3Credential(Wire):
+    """Keys for one endpoint. `session_token` and `expires_at` only for temporary ones (STS)."""
+
+    access_key: str
+    secret_key: Secret
+    session_token: Secret | None = None
+    expires_at: datetime | None = None
+
+    def to_sealable(self) -> Secret:
+        """The JSON text that goes into `crypto.seal`; never into a log or an answer."""
+        return Secret(
+            json.dumps(
+                {
+                    "access_key": self.access_key,
+                    "secret_key": self.secret_key.reveal(),
+                    "session_token": self.session_token.reveal() if self.session_token else None,
+                    "expires_at": self.expires_at.isoformat() if self.expires_at else None,
+                }
+            )
+        )
+
+    @classmethod
+    def from_sealed(cls, opened: Secret) -> S3Credential:
+        return cls.model_validate_json(opened.reveal())
+
+
+class Location(Wire):
+    """Where a folder lives."""
+
+    endpoint: str
+    region: str = "us-east-1"
+    path_style: bool = True
+    bucket: BucketText
+    prefix: PrefixText = ""
+
+
+class Ownership(Wire):
+    """How files appear on a mount: owner and mask. Part of the mount key."""
+
+    uid: int = Field(default=0, ge=0, le=2**32 - 2)
+    gid: int = Field(default=0, ge=0, le=2**32 - 2)
+    umask: int = Field(default=0o022, ge=0, le=0o777)
+
+
+class MountRequest(Wire):
+    """What a grant permits: one folder, one way to mount it. The credential is sealed to the agent's public key
+    with the grant's `credential_id` as its context."""
+
+    volume: VolumeText
+    vfid: VFolderText
+    location: Location
+    mode: AccessMode
+    ownership: Ownership = Ownership()
+    target: TargetText
+    credential_id: str
+    sealed_credential: str
+
+    def mount_key(self, driver: str) -> MountKey:
+        """32 hex digits over everything that makes two attachments share one mount."""
+        identity = [
+            self.location.endpoint,
+            self.location.region,
+            self.location.path_style,
+            self.location.bucket,
+            self.location.prefix,
+            self.credential_id,
+            self.mode.value,
+            self.ownership.uid,
+            self.ownership.gid,
+            self.ownership.umask,
+            driver,
+        ]
+        return MountKey(hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32])
+
+
+class MountState(StrEnum):
+    """Life of a mount key; see agent_plugin.attachments."""
+
+    ABSENT = "absent"
+    STAGING = "staging"
+    LIVE = "live"
+    DEAD = "dead"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class BindSpec(Wire):
+    """What a container runtime needs: bind `source` at `target` with this propagation."""
+
+    session_id: SessionText
+    vfid: VFolderText
+    mount_key: str
+    source: str
+    target: TargetText
+    read_only: bool
+    propagation: str = "rslave"
+
+    def podman_mount(self) -> str:
+        """The value of `--mount` for podman and docker."""
+        ro = ",readonly" if self.read_only else ""
+        return f"type=bind,source={self.source},target={self.target}{ro},bind-propagation={self.propagation}"
