@@ -20,14 +20,14 @@ from .secrets import MASK, Secret
 
 request_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
 
-_SECRET_NAME = re.compile(r"secret|password|passwd|token|credential|authorization|signature|private.?key|sealed", re.I)
-_PUBLIC_NAME = re.compile(r"(_id|_ids|_count|_path|_file|_expires_at|_purpose)$", re.I)
+_SECRET_NAME = re.compile(r"secret|password|passwd|token|credential|authorization|signature|private.?key|sealed", re.IGNORECASE)
+_PUBLIC_NAME = re.compile(r"(_id|_ids|_count|_path|_file|_expires_at|_purpose)$", re.IGNORECASE)
 _IN_TEXT = re.compile(
     r"(?P<name>token|X-Amz-(?:Signature|Credential|Security-Token)|Authorization|secret[_-]?key|password)"
     r"(?P<sep>=|: ?|%3D)(?P<value>[^&\s\"',;]+)",
-    re.I,
+    re.IGNORECASE,
 )
-_USERINFO = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://[^/\s:@]*):[^/\s@]+@", re.I)
+_USERINFO = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://[^/\s:@]*):[^/\s@]+@", re.IGNORECASE)
 _VALID_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
 
 
