@@ -1,8 +1,8 @@
 """Configuration: TOML (tomlkit) into pydantic models, unknown keys refused, samples generated from the same models.
 
 Precedence: command line > environment > file > default. Environment names are `MOORING_` + section + key with double
-underscores between (`MOORING_MANAGER_API__PORT=7022`); values are TOML literals or plain text. Keys are written with dashes
-in files and may be read with underscores.
+underscores between (`MOORING_MANAGER_API__PORT=7022`); values are TOML literals or plain text. Keys are written with
+dashes and may be read with underscores.
 """
 
 from __future__ import annotations

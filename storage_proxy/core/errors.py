@@ -44,9 +44,9 @@
     │   └── MountFailed               500  EIO       10
     └── InternalError                 500  EIO        1   a bug: anything not in this tree
 
-One aiohttp middleware (`storage_proxy.web.errors`), one FUSE wrapper and one CLI handler (`storage_proxy.cli`) render these
-classes; nothing else builds an error answer. `code` is `domain_operation_detail`: Backend.AI's manager decides by its
-domain, so everything that a user does wrong with a folder is in domain `vfolder`.
+One aiohttp middleware (`storage_proxy.web.errors`), one FUSE wrapper and one CLI handler (`storage_proxy.cli`) render
+these classes; nothing else builds an error answer. `code` is `domain_operation_detail`: Backend.AI's manager decides
+by its domain, so everything that a user does wrong with a folder is in domain `vfolder`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Identifiers and plain values: frozen types for things that would all be `str` or `int` otherwise.
 
-Text forms are those of Backend.AI (see docs/wire.md): a quota scope is `user:<uuid>` or `project:<uuid>`, a vfolder id is
+Text forms are those of Backend.AI: a quota scope is `user:<uuid>` or `project:<uuid>`, a vfolder id is
 `<quota scope>/<32 hex>`. Every `parse` raises `InvalidIdentifier` and accepts nothing that could act as a path.
 """
 

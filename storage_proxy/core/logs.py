@@ -20,7 +20,9 @@ from .secrets import MASK, Secret
 
 request_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
 
-_SECRET_NAME = re.compile(r"secret|password|passwd|token|credential|authorization|signature|private.?key|sealed", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"secret|password|passwd|token|credential|authorization|signature|private.?key|sealed", re.IGNORECASE
+)
 _PUBLIC_NAME = re.compile(r"(_id|_ids|_count|_path|_file|_expires_at|_purpose)$", re.IGNORECASE)
 _IN_TEXT = re.compile(
     r"(?P<name>token|X-Amz-(?:Signature|Credential|Security-Token)|Authorization|secret[_-]?key|password)"

@@ -26,7 +26,7 @@ class RelPath:
 
     @classmethod
     def parse(cls, raw: str) -> Self:
-        """Accepts `a/b`, `a/b/`, `./a`, `.` and the empty text; raises `InvalidPath` for what could leave the folder."""
+        """Accepts `a/b`, `a/b/`, `./a`, `.` and `""`; raises `InvalidPath` for what could leave the folder."""
         if raw.startswith("/"):
             raise InvalidPath(f"Path {_show(raw)} is absolute.", hint="Give a path relative to the folder.")
         body = raw.removeprefix("./").removesuffix("/")

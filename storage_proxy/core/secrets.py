@@ -20,7 +20,7 @@ MASK = "**********"
 
 
 class Secret:
-    """A credential in memory. `str`, `repr`, `format`, JSON and pickling never show it; `reveal()` is easy to grep for."""
+    """A credential in memory. `str`, `repr`, `format`, JSON and pickle never show it; `reveal()` is easy to grep for."""
 
     __slots__ = ("__value",)
 
@@ -113,10 +113,10 @@ def write_private(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise
 
 

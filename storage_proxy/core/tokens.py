@@ -1,8 +1,8 @@
 """Signed tokens, one purpose each (JWT, RFC 7519).
 
-Every token fixes `aud`, `purpose`, `exp`, `iat`, `jti` and the key id; each is checked, none is optional. HS256 serves where
-the same process signs and verifies (client tokens of the proxy, API tokens of the manager extension); EdDSA where the verifier
-must not be able to sign (grants: made by the manager extension, verified by agents).
+Every token fixes `aud`, `purpose`, `exp`, `iat`, `jti` and the key id; each is checked, none is optional. HS256 serves
+where the same process signs and verifies (client tokens of the proxy, API tokens of the manager extension); EdDSA where
+the verifier must not be able to sign (grants: made by the manager extension, verified by agents).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from .secrets import Secret
 
 
 class Wire(BaseModel):
-    """Base of what crosses a process border: frozen; unknown fields are ignored, so that newer senders stay readable."""
+    """Base of what crosses a process border: frozen; unknown fields are ignored, so newer senders stay readable."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 

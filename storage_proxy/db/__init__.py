@@ -1,4 +1,4 @@
-"""SQL that the proxy and the manager extension share: engines for SQLite and PostgreSQL, encrypted columns, migrations."""
+"""SQL for the proxy and the manager extension: engines for SQLite and PostgreSQL, encrypted columns, migrations."""
 
 from .engine import Database, database_url
 from .migrate import upgrade

@@ -1,4 +1,4 @@
-"""The HTTP edge that all three daemons share: error answers, request ids, authentication by policy, serving and stopping."""
+"""The HTTP edge that all three daemons share: error answers, request ids, access policies, serving and stopping."""
 
 from .auth import Policy, Principal, authenticated, check_policies, policy_of, public, require
 from .errors import edge_middleware

@@ -1,4 +1,4 @@
-"""The HTTP face of the error tree: the only place that builds an error answer, gives request ids and writes access lines."""
+"""The HTTP face of the error tree, and the only place that builds error answers, request ids and access lines."""
 
 from __future__ import annotations
 

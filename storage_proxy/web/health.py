@@ -1,4 +1,4 @@
-"""`/livez`, `/readyz`, `/health`: live = the loop answers; ready = every critical check passed lately; health = the details."""
+"""`/livez`: the loop answers. `/readyz`: every critical check passes. `/health`: the same details, always 200."""
 
 from __future__ import annotations
 

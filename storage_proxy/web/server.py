@@ -25,7 +25,7 @@ SHUTDOWN_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """One application on one address: `host` and `port`, or `socket` (a unix socket, mode 0600 unless `mode` says else)."""
+    """One application on one address: `host` and `port`, or `socket` (a unix socket of that `mode`)."""
 
     app: web.Application
     name: str
