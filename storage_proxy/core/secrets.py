@@ -20,7 +20,7 @@ MASK = "**********"
 
 
 class Secret:
-    """A credential in memory. `str`, `repr`, `format`, JSON and pickle never show it; `reveal()` is easy to grep for."""
+    """A credential in memory. `str`, `repr`, `format` and JSON never show it; `reveal()` is easy to grep for."""
 
     __slots__ = ("__value",)
 
