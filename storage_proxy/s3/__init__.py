@@ -1,0 +1,18 @@
+"""Everything that speaks S3: clients, listing, multipart, scoped credentials, capability probe."""
+
+from .client import ObjectStream, S3Client
+from .endpoint import Endpoint
+from .objects import DeleteFailure, ListPage, MultipartUpload, ObjectInfo, PartInfo
+from .pool import S3Pool
+
+__all__ = [
+    "DeleteFailure",
+    "Endpoint",
+    "ListPage",
+    "MultipartUpload",
+    "ObjectInfo",
+    "ObjectStream",
+    "PartInfo",
+    "S3Client",
+    "S3Pool",
+]
