@@ -1,0 +1,134 @@
+"""Client of one agent's API on its unix socket, and the shapes of its answers."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import Field
+
+from ..core.ids import AccessMode, VFolderID
+from ..core.wire import BindSpec, MountState, Wire
+from .http import TOTAL_SECONDS, HttpService, segment
+
+
+class AgentIdentity(Wire):
+    """`public_key`: base64url of the X25519 key that credentials for this agent are sealed to."""
+
+    agent_id: str
+    public_key: str
+
+
+class AgentStatus(Wire):
+    agent_id: str
+    version: str = ""
+    status: str = "ok"
+    mounts: int = 0
+    attachments: int = 0
+    warnings: list[str] = []
+
+
+class AttachRequest(Wire):
+    """A signed grant, as the manager extension issued it for this agent."""
+
+    grant: str
+
+
+class AttachmentInfo(Wire):
+    session_id: str
+    vfid: str
+    mount_key: str
+    mode: AccessMode | None = None
+    target: str | None = None
+    source: str | None = None
+    since: datetime | None = None
+
+
+class AttachmentsAnswer(Wire):
+    attachments: list[AttachmentInfo]
+
+
+class DetachAnswer(Wire):
+    detached: int = 0
+
+
+class MountInfo(Wire):
+    """One mount of the node. `sessions` hold it; `pid` is the driver's process while it runs."""
+
+    key: str
+    state: MountState
+    since: datetime | None = None
+    driver: str
+    pid: int | None = None
+    bucket: str
+    prefix: str = ""
+    mode: AccessMode
+    sessions: list[str] = []
+    last_error: str | None = None
+
+
+class MountsAnswer(Wire):
+    mounts: list[MountInfo]
+
+
+class GcAnswer(Wire):
+    """How many mounts were taken down."""
+
+    drained: int = 0
+
+
+class GcRequest(Wire):
+    """`grace` in seconds that replaces the configured one."""
+
+    grace: float = Field(default=0.0, ge=0)
+
+
+class AgentClient(HttpService):
+    """Calls the agent at `socket`. Raises what the agent raised; `ServiceUnavailable` if it does not run."""
+
+    def __init__(self, socket: Path, *, timeout: float = TOTAL_SECONDS) -> None:
+        super().__init__(
+            "http://agent",
+            service="agent",
+            remedy="The agent does not run, or runs elsewhere: start it with `mooring agent serve --config FILE`.",
+            socket=socket,
+            timeout=timeout,
+        )
+
+    async def status(self) -> AgentStatus:
+        return await self.get("/v1/status", AgentStatus)
+
+    async def identity(self) -> AgentIdentity:
+        return await self.get("/v1/identity", AgentIdentity)
+
+    async def attach(self, grant: str, *, timeout: float | None = None) -> BindSpec:
+        """Mounts (or shares) what the grant permits; idempotent for the same session, folder and mount key."""
+        return await self.post("/v1/attachments", BindSpec, body={"grant": grant}, timeout=timeout, idempotent=True)
+
+    async def attachments(self) -> list[AttachmentInfo]:
+        return self.parse(
+            AttachmentsAnswer, _wrapped(await self.call("GET", "/v1/attachments"), "attachments")
+        ).attachments
+
+    async def detach_session(self, session_id: str) -> int:
+        """Ends every attachment of a session; returns how many there were. Idempotent."""
+        content = await self.call("DELETE", f"/v1/sessions/{segment(session_id)}")
+        return self.parse(DetachAnswer, content).detached
+
+    async def detach(self, session_id: str, vfid: str) -> None:
+        """Ends one attachment. Idempotent."""
+        folder = VFolderID.parse(vfid).hex
+        await self.call("DELETE", f"/v1/attachments/{segment(session_id)}/{folder}")
+
+    async def mounts(self) -> list[MountInfo]:
+        return self.parse(MountsAnswer, _wrapped(await self.call("GET", "/v1/mounts"), "mounts")).mounts
+
+    async def gc(self, grace: float = 0.0, *, timeout: float | None = None) -> int:
+        """Takes down mounts that no session holds, now; returns how many."""
+        content = await self.call("POST", "/v1/mounts/gc", body={"grace": grace}, timeout=timeout, idempotent=True)
+        return self.parse(GcAnswer, content).drained
+
+
+def _wrapped(content: bytes, name: str) -> bytes:
+    """A bare JSON array as the field that this version calls it."""
+    return b'{"' + name.encode() + b'":' + content + b"}" if content.lstrip().startswith(b"[") else content
