@@ -4,8 +4,8 @@
 
 Starts its own one-machine stack in a scratch directory. All ways move the same bytes between the same file and the same
 server in the same run, in rotating order. Only the ratios to boto3's transfer manager (its default: 10 threads, 8 MiB
-parts) mean anything: the server, the proxy and the client share the processor. The proxy's memory is its highest resident
-size (VmHWM) after the runs, which the kernel keeps, so no peak is missed.
+parts) mean anything: the server, the proxy and the client share the processor. The proxy's memory is its highest
+resident size (VmHWM) after the runs, which the kernel keeps, so no peak is missed.
 """
 
 from __future__ import annotations
