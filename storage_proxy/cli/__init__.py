@@ -1,8 +1,8 @@
 """The `mooring` command.
 
 `main` builds one typer application: the proxy's own sub-commands, then those of the other packages, found by the
-entry-point group `mooring.commands`; each entry point is a function `register(app: typer.Typer) -> None`. A plug-in that
-fails to load is a warning on standard error and the rest works.
+entry-point group `mooring.commands`; each entry point is a function `register(app: typer.Typer) -> None`. A plug-in
+that fails to load is a warning on standard error and the rest works.
 
 What a command may rely on, in this package and in plug-ins:
 
