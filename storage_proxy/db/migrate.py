@@ -18,14 +18,15 @@ UPGRADE_DEADLINE_SECONDS = 60.0
 
 
 async def upgrade(database: Database, script_location: Path, version_table: str) -> None:
-    """Brings the schema to the newest revision. Idempotent; safe when several processes start at once on PostgreSQL
-    (an advisory lock is held) and on SQLite (the migration is one exclusive transaction)."""
+    """Brings the schema to the newest revision in one transaction. Idempotent.
+
+    Processes that start at once wait for each other: on PostgreSQL by an advisory lock, on SQLite because a transaction
+    takes the write lock at its beginning.
+    """
     async with asyncio.timeout(UPGRADE_DEADLINE_SECONDS):
         async with database.engine.begin() as connection:
             if connection.dialect.name == "postgresql":
                 await connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7040614)")
-            else:
-                await connection.exec_driver_sql("BEGIN EXCLUSIVE") if not connection.in_transaction() else None
             await connection.run_sync(_run(script_location, version_table))
 
 
