@@ -14,10 +14,10 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..core.errors import DeadlineExceeded, InternalError, MooringError, ServiceUnavailable, walk
 from ..core.logs import get_logger, redact_text
@@ -25,6 +25,8 @@ from ..core.secrets import write_private
 from .state import disk_error
 
 log = get_logger(__name__)
+
+T = TypeVar("T")
 
 PR_SET_PDEATHSIG = 1
 LOG_ROTATE_BYTES = 8 * 1024 * 1024
@@ -333,7 +335,7 @@ class ManagedProcess:
         process = self._process
         if process is None:
             return
-        await _finish(asyncio.create_task(self._stop(process), name=f"stop {self.name}"))
+        await finish(self._stop(process))
 
     async def _stop(self, process: asyncio.subprocess.Process) -> None:
         if process.returncode is None:
@@ -373,8 +375,9 @@ class ManagedProcess:
                 path.replace(path.with_name(path.name + ".1"))
 
 
-async def _finish(task: asyncio.Task[None]) -> None:
-    """Waits for `task` to its end; a cancellation that arrives meanwhile is raised afterwards."""
+async def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Runs `work` to its end even if the caller is cancelled meanwhile; the cancellation is raised afterwards."""
+    task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
@@ -383,9 +386,12 @@ async def _finish(task: asyncio.Task[None]) -> None:
             if task.cancelled():
                 raise
             cancelled = err
-    task.result()
+        except Exception:
+            break  # raised again by result()
+    result = task.result()
     if cancelled is not None:
         raise cancelled
+    return result
 
 
 def require_main_thread() -> None:

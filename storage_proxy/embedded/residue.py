@@ -1,8 +1,8 @@
 """What a stack may leave behind, found in the kernel's own tables and taken away: mounts, processes, credential files.
 
-Used after a stop (must find nothing) and before a start (cleans what a killed stack left, even if its agent cannot start
-any more). Only things below the stack's own runtime directory, or naming it or the state directory on their command
-line, are ever touched.
+Used after a stop (must find nothing) and before a start (cleans what a killed stack left, even if its agent cannot
+start any more). Only mounts below the stack's own runtime directory are touched, and only programs that a stack starts
+and that name or work in its directories; a person's shell or editor there is left alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ log = get_logger(__name__)
 
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
+# What a stack starts, besides our own daemons (`... serve --config STATE/config/...`).
+_PROGRAMS = frozenset({"weed", "redis-server", "s3fs", "podman", "conmon", "runc", "crun", "unshare"})
 _POLL_SECONDS = 0.05
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -78,7 +80,7 @@ def _own_line() -> set[int]:
 
 
 def processes_naming(*paths: Path) -> dict[int, str]:
-    """pid -> program of running processes whose command line names one of `paths` or something below it."""
+    """pid -> program of a stack's programs that name one of `paths`, or something below it, or work there."""
     needles = [os.fsencode(path) for path in paths]
     own = _own_line()
     found: dict[int, str] = {}
@@ -89,8 +91,13 @@ def processes_naming(*paths: Path) -> dict[int, str]:
             words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
+        program = os.fsdecode(words[0].split(b" ")[0].rpartition(b"/")[2])
+        if program not in _PROGRAMS and not (b"serve" in words and b"--config" in words):
+            continue
+        with contextlib.suppress(OSError):  # Redis overwrites its command line, but works in its folder
+            words.append(os.fsencode(Path(f"/proc/{entry}/cwd").readlink()))
         if any(_names(word, needle) for word in words for needle in needles) and start_time(int(entry)) is not None:
-            found[int(entry)] = os.fsdecode(words[0]).rpartition("/")[2]
+            found[int(entry)] = program
     return found
 
 
@@ -106,7 +113,7 @@ def _names(word: bytes, needle: bytes) -> bool:
 
 
 def stack_processes(state: StateDirectory) -> dict[int, str]:
-    """Children of a stack by their command line; programs that a person runs on the state directory do not count."""
+    """What runs for a stack, whoever its parent is by now."""
     parts = (
         state.runtime_dir,
         state.config_dir,
@@ -129,10 +136,8 @@ def credential_files(state: StateDirectory) -> list[Path]:
 
 def find(state: StateDirectory) -> list[str]:
     """One sentence for each thing that a stopped stack should not have left; empty is what we promise."""
-    result = [f"mount {mount.path} ({mount.fs_type})" for mount in mounts_below(state.runtime_dir)]
-    result += [
-        f"mount {mount.path} ({mount.fs_type})" for mount in mounts_below(state.path) if mount.path != str(state.path)
-    ]
+    folders = (state.runtime_dir, state.containers_dir, state.run_dir)
+    result = [f"mount {mount.path} ({mount.fs_type})" for folder in folders for mount in mounts_below(folder)]
     result += [f"process {pid} ({program})" for pid, program in sorted(stack_processes(state).items())]
     result += [f"credential file {path}" for path in credential_files(state)]
     if state.endpoints_file.exists():
