@@ -1,8 +1,9 @@
 """`WeedServer`: the embedded S3 server, one `weed mini` process of SeaweedFS, for one-machine stacks and for the tests.
 
-`weed mini` is one process with a master, a volume server, a filer and the S3 gateway. Only the S3 port asks for credentials:
-everything else is open to whoever reaches it, so every listener is bound to 127.0.0.1. Each HTTP port has a gRPC twin at
-port + 10000. Its unix sockets are in /tmp, named by port. Telemetry, bucket creation by PUT and deletion of full buckets are off.
+`weed mini` is one process with a master, a volume server, a filer and the S3 gateway. Only the S3 port asks for
+credentials: everything else is open to whoever reaches it, so every listener is bound to 127.0.0.1. Each HTTP port has
+a gRPC twin at port + 10000. Its unix sockets are in /tmp, named by port. Telemetry, bucket creation by PUT and deletion
+of full buckets are off.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ class WeedIdentity:
 class WeedConfig:
     """`dir` is made (0700) and holds the objects in dir/data; it survives a restart and `kill -9`.
 
-    `identities[0]` must be an administrator: the readiness check writes with it into `bucket`, which is made if missing.
-    `memory_limit` is the Go runtime's soft limit (GOMEMLIMIT). `log_file` is appended to.
+    `identities[0]` must be an administrator: the readiness check writes with it into `bucket`, which is made if
+    missing. `memory_limit` is the Go runtime's soft limit (GOMEMLIMIT). `log_file` is appended to.
     """
 
     dir: Path
@@ -100,8 +101,8 @@ class WeedConfig:
 
 
 class WeedServer:
-    """`start`, use `endpoint_url`, `stop`. Those who run processes by other means take `prepare`, `argv`, `environment`,
-    `working_dir`, `ready` and `clean` instead."""
+    """`start`, use `endpoint_url`, `stop`. Those who run processes by other means take `prepare`, `argv`,
+    `environment`, `working_dir`, `ready` and `clean` instead."""
 
     def __init__(self, config: WeedConfig) -> None:
         if not config.identities:
@@ -213,8 +214,8 @@ class WeedServer:
     async def start(self, deadline: float = 15.0) -> None:
         """Returns when the server takes writes. On any error, and when cancelled, nothing is left running.
 
-        Raises `ConfigError` (program missing, directory not writable), `NoSpace`, `PortTaken`, `DeadlineExceeded` with the
-        server's last words, `ServiceUnavailable` when it ended by itself.
+        Raises `ConfigError` (program missing, directory not writable), `NoSpace`, `PortTaken`, `DeadlineExceeded` with
+        the server's last words, `ServiceUnavailable` when it ended by itself.
         """
         self.prepare()
         try:
@@ -252,7 +253,8 @@ class WeedServer:
                         raise self._ended(process.returncode)
                     try:
                         return await self.ready()
-                    # It answers before it has read its identities, so a refused credential may be all right a moment later.
+                    # It answers before it has read its identities, so a refused credential may be all right a moment
+                    # later.
                     except (S3Error, MooringError) as err:
                         last = err
                     await asyncio.sleep(_POLL_SECONDS)

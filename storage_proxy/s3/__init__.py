@@ -4,6 +4,7 @@ from .client import ObjectStream, S3Client
 from .endpoint import Endpoint
 from .objects import DeleteFailure, ListPage, MultipartUpload, ObjectInfo, PartInfo
 from .pool import S3Pool
+from .transfer import Uploaded, download_ranges, plan_part_size, upload_stream
 
 __all__ = [
     "DeleteFailure",
@@ -15,4 +16,8 @@ __all__ = [
     "PartInfo",
     "S3Client",
     "S3Pool",
+    "Uploaded",
+    "download_ranges",
+    "plan_part_size",
+    "upload_stream",
 ]

@@ -52,10 +52,11 @@ _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 class ObjectStream:
-    """The body of one GET. Use as an async context manager: leaving early drops the connection, reading it all returns it.
+    """The body of one GET. Use as an async context manager: leaving early drops the connection, reading it all returns
+    it.
 
-    `content_length` is the number of bytes that `chunks` will yield; `content_range` is (first, last, whole size), or None
-    for a whole object. `info.size` is always the size of the whole object.
+    `content_length` is the number of bytes that `chunks` will yield; `content_range` is (first, last, whole size), or
+    None for a whole object. `info.size` is always the size of the whole object.
     """
 
     def __init__(self, connection: Connection, response: aiohttp.ClientResponse, bucket: str, key: str) -> None:
@@ -68,7 +69,9 @@ class ObjectStream:
         self.info = ObjectInfo.from_headers(key, response.headers, whole)
 
     async def chunks(self, size: int = 1024 * 1024) -> AsyncIterator[bytes]:
-        """Pieces of at most `size` bytes as they arrive. Raises S3Unavailable when the body stops short or falls silent."""
+        """Pieces of at most `size` bytes as they arrive. Raises S3Unavailable when the body stops short or falls
+        silent.
+        """
         content = self._response.content
         got = 0
         try:
@@ -121,13 +124,15 @@ class S3Client:
     async def head_bucket(self, bucket: str) -> None:
         """Returns if the bucket exists and this credential may list it.
 
-        Raises BucketNotFound, S3AccessDenied, S3BadCredential, S3ClockSkew, S3Unavailable. Asks by a LIST of one key, not by
-        HEAD: an answer to HEAD has no body, so it cannot tell a wrong secret from a missing right.
+        Raises BucketNotFound, S3AccessDenied, S3BadCredential, S3ClockSkew, S3Unavailable. Asks by a LIST of one key,
+        not by HEAD: an answer to HEAD has no body, so it cannot tell a wrong secret from a missing right.
         """
         await self.list_page(bucket, max_keys=1)
 
     async def create_bucket(self, bucket: str) -> bool:
-        """True if this call made it, False if it was there and is ours. Raises AlreadyExists if it is somebody else's."""
+        """True if this call made it, False if it was there and is ours. Raises AlreadyExists if it is somebody
+        else's.
+        """
         extra: dict[str, Any] = {}
         if self.endpoint.region != "us-east-1":
             extra["CreateBucketConfiguration"] = {"LocationConstraint": self.endpoint.region}
@@ -177,8 +182,9 @@ class S3Client:
     ) -> ObjectStream:
         """Opens an object, or its bytes `start` to `end` (both included; `end` None: to the last).
 
-        `if_match` is an ETag without quotes: S3PreconditionFailed when the object is another one by now. Raises FileNotFound,
-        InvalidRequest for a range behind the end. Opening is retried; the body is not (see `transfer.download_ranges`).
+        `if_match` is an ETag without quotes: S3PreconditionFailed when the object is another one by now. Raises
+        FileNotFound, InvalidRequest for a range behind the end. Opening is retried; the body is not (see
+        `transfer.download_ranges`).
         """
         headers: dict[str, str] = {}
         if start is not None or end is not None:
@@ -204,24 +210,28 @@ class S3Client:
         self,
         bucket: str,
         key: str,
-        body: bytes,
+        body: bytes | bytearray | memoryview,
         *,
         metadata: Mapping[str, str] | None = None,
         content_type: str | None = None,
         sha256: str | None = None,
         if_none_match: bool = False,
     ) -> ObjectInfo:
-        """Writes one object in one request (up to 5 GiB; the body is in memory). Atomic: readers see the old or the new one.
+        """Writes one object in one request (up to 5 GiB; the body is in memory). Atomic: readers see the old or the new
+        one.
 
-        `sha256` (hex), if known, makes the server refuse other bytes (IntegrityError). `if_none_match` refuses to replace an
-        object (S3PreconditionFailed) and turns repetition off, as a repeated request could lose against its own first try.
+        `sha256` (hex), if known, makes the server refuse other bytes (IntegrityError). `if_none_match` refuses to
+        replace an object (S3PreconditionFailed) and turns repetition off, as a repeated request could lose against its
+        own first try.
         """
         headers = _object_headers(metadata, content_type)
         if if_none_match:
             headers["If-None-Match"] = "*"
 
         async def call() -> ObjectInfo:
-            response = await self._http.send("PUT", "PUT", bucket, key, headers=headers, body=body, sha256=sha256)
+            response = await self._http.send(
+                "PUT", "PUT", bucket, key, headers=headers, body=memoryview(body), sha256=sha256
+            )
             async with response:
                 return ObjectInfo(
                     key,
@@ -288,8 +298,8 @@ class S3Client:
     ) -> ObjectInfo:
         """Copies inside the server. User metadata and content type are kept; `metadata` replaces the former.
 
-        Over 5 GiB it is a multipart copy, aborted on any error. `size` and `metadata` known save a HEAD only when no metadata
-        is replaced. Atomic for the readers of the destination.
+        Over 5 GiB it is a multipart copy, aborted on any error. `size` and `metadata` known save a HEAD only when no
+        metadata is replaced. Atomic for the readers of the destination.
         """
         source: ObjectInfo | None = None
         if size is None or size > COPY_LIMIT or metadata is not None:
@@ -374,9 +384,8 @@ class S3Client:
     ) -> ListPage:
         """One page of ListObjectsV2. `start_after` may be any text; `continuation` comes from the page before."""
         query = {"list-type": "2", "max-keys": str(max_keys), "encoding-type": "url"}
-        for name, value in (("prefix", prefix), ("delimiter", delimiter), ("start-after", start_after)):
-            if value:
-                query[name] = value
+        optional = {"prefix": prefix, "delimiter": delimiter, "start-after": start_after}
+        query |= {name: value for name, value in optional.items() if value}
         if continuation:
             query["continuation-token"] = continuation
 
@@ -405,7 +414,9 @@ class S3Client:
     async def upload_part(
         self, bucket: str, key: str, upload_id: str, number: int, body: bytes | bytearray | memoryview
     ) -> PartInfo:
-        """Writes part `number` (1 to 10,000), 5 MiB to 5 GiB unless it is the last. Idempotent: the last write counts."""
+        """Writes part `number` (1 to 10,000), 5 MiB to 5 GiB unless it is the last. Idempotent: the last write
+        counts.
+        """
         query = {"partNumber": str(number), "uploadId": upload_id}
         view = memoryview(body)
 
@@ -417,7 +428,8 @@ class S3Client:
         return await self._http.bounded("UploadPart", call, bucket=bucket, key=key, body_size=len(view))
 
     async def complete_multipart(self, bucket: str, key: str, upload_id: str, parts: Sequence[PartInfo]) -> ObjectInfo:
-        """Publishes the object. Safe to repeat: if the upload is gone because an earlier try succeeded, that is noticed.
+        """Publishes the object. Safe to repeat: if the upload is gone because an earlier try succeeded, that is
+        noticed.
 
         `size` of the result is the sum of the parts' sizes. Raises UploadNotFound.
         """
@@ -489,7 +501,9 @@ class S3Client:
     # --- presigned URLs -----------------------------------------------------------------------------------------------
 
     def presign_get(self, bucket: str, key: str, *, expires: int, filename: str | None = None) -> str:
-        """A URL that reads the object for `expires` seconds; the ceiling is the caller's. `filename`: saved under that name."""
+        """A URL that reads the object for `expires` seconds; the ceiling is the caller's. `filename`: saved under that
+        name.
+        """
         query: dict[str, str] = {}
         if filename is not None:
             query["response-content-disposition"] = f"attachment; filename*=UTF-8''{quote(filename, safe='')}"

@@ -1,7 +1,8 @@
-"""`Connection`: signed HTTP to one endpoint with one credential: the pooled session, retries, deadlines, translated errors.
+"""`Connection`: signed HTTP to one endpoint with one credential: the pooled session, retries, deadlines, translated
+errors.
 
-Objects, parts and listings go this way; operations with XML bodies go through aiobotocore (see `client`). Per request this
-costs a third of botocore's CPU, and bodies stream both ways without being copied into its buffers.
+Objects, parts and listings go this way; operations with XML bodies go through aiobotocore (see `client`). Per request
+this costs a third of botocore's CPU, and bodies stream both ways without being copied into its buffers.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Connection:
         *,
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
-        body: bytes | memoryview | None = None,
+        body: memoryview | None = None,
         sha256: str | None = None,
     ) -> aiohttp.ClientResponse:
         """One signed request, once. Returns a response with status below 300 whose body is still to be read.
@@ -80,7 +81,7 @@ class Connection:
         if body is not None:
             wanted["Content-Length"] = str(len(body))
             payload_hash = self.signer.body_hash(body, sha256)
-            data = _slices(memoryview(body)) if body else None
+            data = _slices(body) if body else None
         try:
             response = await self._open().request(
                 method,

@@ -17,9 +17,9 @@ _UNRESERVED = "-_.~"
 class Endpoint:
     """One S3 server. Hashable: `S3Pool` keeps one client per endpoint and credential.
 
-    Times are seconds. `deadline` bounds a control call with all its retries; it is less than 15 s so that a command built on
-    one failing call still ends within 15 s. A call with a body gets `size / minimum_rate` on top of it. `read_timeout` is
-    the longest silence while a body arrives.
+    Times are seconds. `deadline` bounds a control call with all its retries; it is less than 15 s so that a command
+    built on one failing call still ends within 15 s. A call with a body gets `size / minimum_rate` on top of it.
+    `read_timeout` is the longest silence while a body arrives.
     """
 
     url: str
@@ -60,7 +60,9 @@ class Endpoint:
             return host == "localhost"
 
     def object_url(self, bucket: str = "", key: str = "", query: str = "") -> str:
-        """The fully encoded URL of the service, a bucket or an object. Keys are taken as they are: nothing is normalised."""
+        """The fully encoded URL of the service, a bucket or an object. Keys are taken as they are: nothing is
+        normalised.
+        """
         base, path = self.url, "/"
         if bucket and self.path_style:
             path = f"/{bucket}"

@@ -1,7 +1,7 @@
 """Answers and failures of an S3 server, as classes of the error tree.
 
-`of_code` is the one table; `translate` brings every exception of aiohttp, botocore and asyncio to it. The S3 code, request id,
-operation, bucket and key travel in `detail`; access keys and signatures never do.
+`of_code` is the one table; `translate` brings every exception of aiohttp, botocore and asyncio to it. The S3 code,
+request id, operation, bucket and key travel in `detail`; access keys and signatures never do.
 """
 
 from __future__ import annotations
@@ -121,9 +121,7 @@ def of_code(
         if cls is NotFound:
             cls = FileNotFound if key else BucketNotFound
     detail: dict[str, object] = {"s3_code": code or f"HTTP {status}", "operation": operation}
-    for name, value in (("bucket", bucket), ("key", key), ("request_id", request_id)):
-        if value:
-            detail[name] = value
+    detail |= {n: v for n, v in (("bucket", bucket), ("key", key), ("request_id", request_id)) if v}
     hint = _HINTS.get(cls)
     if code in ("AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"):
         hint = "Set the region of the volume to the region of the bucket."

@@ -30,12 +30,14 @@ class Signer:
         token = credential.session_token.reveal() if credential.session_token else None
         self._credentials = Credentials(credential.access_key, credential.secret_key.reveal(), token)
         self._endpoint = endpoint
-        # Over TLS the channel guards the body, and on loopback there is no wire. Elsewhere the body's hash is signed, which
-        # costs one more SHA-256 of every byte (see docs of `transfer`).
+        # Over TLS the channel guards the body, and on loopback there is no wire. Elsewhere the body's hash is signed,
+        # which costs one more SHA-256 of every byte (see docs of `transfer`).
         self._unsigned_bodies = endpoint.secure or endpoint.is_loopback
 
     def body_hash(self, body: bytes | memoryview, known_sha256: str | None = None) -> str:
-        """What goes into x-amz-content-sha256. A hash that the caller has anyway is sent, so the server checks the bytes."""
+        """What goes into x-amz-content-sha256. A hash that the caller has anyway is sent, so the server checks the
+        bytes.
+        """
         if known_sha256 is not None:
             return known_sha256
         if not body:
