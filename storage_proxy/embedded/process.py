@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..core.errors import DeadlineExceeded, InternalError, MooringError, ServiceUnavailable, walk
+from ..core.errors import DeadlineExceeded, InternalError, MooringError, PortTaken, ServiceUnavailable, walk
 from ..core.logs import get_logger, redact_text
 from ..core.secrets import write_private
 from .state import disk_error
@@ -152,6 +152,8 @@ def error_from_child(name: str, returncode: int | None, tail: str) -> MooringErr
                 return found
     ended = f"exit code {returncode}" if returncode is not None and returncode >= 0 else _signal_name(returncode)
     words = redact_text(lines[-1]).removeprefix("error: ")[:400] if lines else "it wrote nothing"
+    if "address already in use" in tail.lower():
+        return PortTaken(f"{name}: {words}", hint="Stop that program, or choose other ports with --port-base N.")
     for cls in walk():
         if cls.exit_code == returncode and cls.exit_code not in (1, 2):
             return cls(f"{name}: {words}")
@@ -203,6 +205,7 @@ class ProcessSpec:
     cwd: Path | None = None
     env: Mapping[str, str] = field(default_factory=child_environment)
     restart: RestartPolicy = RestartPolicy()
+    before_start: Callable[[], None] | None = None  # called before every start, also a restart
 
 
 class ManagedProcess:
@@ -240,6 +243,8 @@ class ManagedProcess:
 
     async def _spawn(self) -> None:
         spec = self.spec
+        if spec.before_start is not None:
+            spec.before_start()
         try:
             self._rotate_log()
             output = os.open(spec.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
