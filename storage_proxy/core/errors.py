@@ -25,6 +25,7 @@
     │   ├── AlreadyExists             409  EEXIST     6
     │   ├── NotEmpty                  409  ENOTEMPTY  6
     │   ├── OffsetMismatch            409  EBUSY      6
+    │   ├── UploadBusy                409  EBUSY      6
     │   └── InUse                     409  EBUSY      6
     ├── LimitExceeded                 413  EFBIG      7
     │   └── NoSpace                   507  ENOSPC     7
@@ -35,6 +36,7 @@
     │   ├── S3PreconditionFailed      409  EBUSY      8
     │   └── S3Unavailable             503  EIO        8   temporary
     ├── IntegrityError                502  EIO        8   bytes differ from what was promised
+    │   └── ChecksumMismatch          460  EIO        8   (460 is the status of the tus checksum extension)
     ├── ServiceUnavailable            503  EAGAIN     9   another part of Mooring (or SQL, Redis) does not answer
     │   ├── PortTaken                 503  EADDRINUSE 9
     │   └── DeadlineExceeded          504  ETIMEDOUT  9
@@ -67,15 +69,24 @@ class MooringError(Exception):
 
     code: ClassVar[str] = "storage-proxy_generic_internal-error"
     problem: ClassVar[str] = "generic"
-    title: ClassVar[str] = "Internal error"
+    title: str = "Internal error"  # per class; an instance may say it more exactly
     status: ClassVar[int] = 500
     errno: ClassVar[int] = _errno.EIO
     exit_code: ClassVar[int] = 1
     temporary: ClassVar[bool] = False
     log_level: ClassVar[int] = logging.WARNING
 
-    def __init__(self, message: str, *, hint: str | None = None, detail: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        detail: Mapping[str, object] | None = None,
+        title: str | None = None,
+    ) -> None:
         super().__init__(message)
+        if title is not None:
+            self.title = title
         self.message = message
         self.hint = hint
         self.detail: dict[str, object] = dict(detail or {})
@@ -315,6 +326,14 @@ class OffsetMismatch(Conflict):
     title = "Upload offset mismatch"
 
 
+class UploadBusy(Conflict):
+    """Another request writes this upload now, or took it over; ask for the offset and go on from there."""
+
+    code = "storage-proxy_update_conflict"
+    problem = "tus-lease-held"
+    title = "Upload is in use"
+
+
 class InUse(Conflict):
     """Sessions still hold it."""
 
@@ -411,6 +430,13 @@ class IntegrityError(MooringError):
     status = 502
     exit_code = 8
     log_level = logging.ERROR
+
+
+class ChecksumMismatch(IntegrityError):
+    """The bytes of an upload do not have the checksum that its sender gave."""
+
+    status = 460
+    log_level = logging.WARNING
 
 
 # --- our own parts ----------------------------------------------------------------------------------------------------
