@@ -56,7 +56,7 @@ class ProxySection(ConfigModel):
     )
     secret_file: Path | None = Field(
         default=None,
-        description="A 0600 file with the secret that signs client tokens (32 bytes or more; the same on all replicas).",
+        description="0600 file with the secret that signs client tokens (32 bytes or more, the same on all replicas).",
         examples=["/etc/mooring/client-token.secret"],
     )
     session_expire: Seconds = Field(
