@@ -33,12 +33,13 @@ def parse_folder_name(text: str) -> str:
     # Cc, Cf, Cs, Co, Cn: control, invisible, surrogate, private and unassigned; Zl, Zp: line breaks.
     if any(unicodedata.category(char)[0] == "C" or unicodedata.category(char) in ("Zl", "Zp") for char in text):
         raise InvalidIdentifier(f"Folder name {text!a} has a character that does not show.", hint=hint)
-    if _is_uuid(text):
+    if is_uuid(text):
         raise InvalidIdentifier(f"Folder name {text} reads as an id.", hint="Choose a name that is no UUID.")
     return text
 
 
-def _is_uuid(text: str) -> bool:
+def is_uuid(text: str) -> bool:
+    """True if a reference is an id (a UUID, with or without dashes) and no name."""
     digits = text.replace("-", "")
     return len(digits) == 32 and all(char in "0123456789abcdefABCDEF" for char in digits)
 
@@ -246,10 +247,10 @@ class AgentsPage(Wire):
 
 
 class MountAsked(Request):
-    """`folder`: id or name. `target`: absolute path inside the container."""
+    """`folder`: id or name. `mode` defaults to what the folder allows. `target`: absolute path inside the container."""
 
     folder: str = Field(min_length=1, max_length=128)
-    mode: AccessMode = AccessMode.READ_WRITE
+    mode: AccessMode | None = None
     target: TargetText
 
 
@@ -462,7 +463,7 @@ class ManagerClient(HttpService):
         body = _body(
             session_id=session_id,
             agent_id=agent_id,
-            mounts=[mount.model_dump(mode="json") for mount in mounts],
+            mounts=[mount.model_dump(mode="json", exclude_none=True) for mount in mounts],
             uid=uid,
             gid=gid,
             umask=umask,

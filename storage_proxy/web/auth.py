@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from ..core.errors import Forbidden
 
@@ -69,7 +70,7 @@ def check_policies(app: web.Application) -> None:
             raise RuntimeError(f"route {route.method} {route.resource} declares no access policy")
 
 
-def authenticated(authenticator: Authenticator) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+def authenticated(authenticator: Authenticator) -> Middleware:
     """The middleware. Unmatched routes pass through to aiohttp's 404 and 405, which tell nothing."""
 
     @web.middleware

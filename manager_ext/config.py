@@ -1,0 +1,172 @@
+"""Settings of the manager extension (`configs/manager-ext.sample.toml` is generated from these models)."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+
+from storage_proxy.client.manager import EndpointText
+from storage_proxy.core.config import ConfigModel
+from storage_proxy.core.errors import InvalidIdentifier
+from storage_proxy.core.ids import parse_name
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_duration(value: object) -> object:
+    """`90`, `"90s"`, `"5m"`, `"1h"`, `"7d"` as a timedelta."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return timedelta(seconds=value)
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", value.lower())
+    if not match:
+        raise ValueError("write seconds, or a number with s, m, h or d as in 5m")
+    return timedelta(seconds=float(match[1]) * _UNITS[match[2] or "s"])
+
+
+def _url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("write it as https://HOST:PORT")
+    return url.rstrip("/")
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+Url = Annotated[str, AfterValidator(_url)]
+
+
+class ManagerSection(ConfigModel):
+    """What concerns the whole process."""
+
+    log_level: str = Field(
+        default="info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error."
+    )
+    state_dir: Path = Field(
+        default=Path("/var/lib/mooring/manager"),
+        description="Where keys and the SQLite database are kept, unless their own settings say otherwise.",
+    )
+
+
+class ApiSection(ConfigModel):
+    """The REST API."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on. The API itself speaks plain HTTP.")
+    port: int = Field(default=6024, ge=1, le=65535, description="Port to listen on.")
+    secret_file: Path | None = Field(
+        default=None,
+        description="0600 file with the secret that signs API tokens (32 bytes or more); made at first start."
+        "\nDefault: api.secret in the state directory.",
+    )
+
+
+class DatabaseSection(ConfigModel):
+    """Where rows live."""
+
+    url: str | None = Field(
+        default=None,
+        description="sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME.\nDefault: manager.db in the state directory.",
+        examples=["postgresql://mooring@db.example.com/mooring"],
+    )
+    key_file: Path | None = Field(
+        default=None,
+        description="0600 JSON file with the keys that encrypt stored credentials; made at first start. Back it up."
+        "\nDefault: keys.json in the state directory.",
+    )
+
+
+class ProxyEntry(ConfigModel):
+    """One storage proxy."""
+
+    manager_url: Url = Field(description="Its manager-facing API.", examples=["http://127.0.0.1:6022"])
+    client_url: Url = Field(
+        description="Its client-facing API, as users' programs reach it.", examples=["https://storage.example.com:6021"]
+    )
+    secret_file: Path = Field(
+        description="0600 file with the secret of its manager API.", examples=["/etc/mooring/manager-api.secret"]
+    )
+    allow_plain_http: bool = Field(
+        default=False, description="Permit a manager-url with http:// that is not on this machine."
+    )
+
+    @model_validator(mode="after")
+    def _secret_not_in_clear(self) -> Self:
+        parts = urlsplit(self.manager_url)
+        if parts.scheme == "http" and not self.allow_plain_http and not _is_local(parts.hostname or ""):
+            raise ValueError("manager-url sends a secret over http://; use https:// or set allow-plain-http = true")
+        return self
+
+
+class GrantsSection(ConfigModel):
+    """Permissions for agents to attach a folder."""
+
+    key_file: Path | None = Field(
+        default=None,
+        description="0600 PEM file with the Ed25519 key that signs grants; made at first start. Its public half is"
+        " written beside it\nas NAME.pub, for the agents. Default: grant.pem in the state directory.",
+    )
+    lifetime: Annotated[timedelta, BeforeValidator(parse_duration)] = Field(
+        default=timedelta(minutes=5),
+        ge=timedelta(seconds=10),
+        le=timedelta(hours=1),
+        description="How long a grant is good, as in 5m (at most 1h). The agent must attach within this time.",
+    )
+
+
+class BindingSection(ConfigModel):
+    """Buckets that users bring."""
+
+    allowed_endpoints: list[EndpointText] = Field(
+        default=[],
+        description="Endpoints that users may bind buckets of, beside the one of the volume. Admins may use any.",
+        examples=['["https://s3.example.com"]'],
+    )
+
+
+class ManagerConfig(ConfigModel):
+    """Everything of `mooring manager serve`."""
+
+    manager: ManagerSection = Field(default=ManagerSection(), description="What concerns the whole process.")
+    api: ApiSection = Field(default=ApiSection(), description="The REST API.")
+    database: DatabaseSection = Field(default=DatabaseSection(), description="Where rows live.")
+    proxy: dict[str, ProxyEntry] = Field(min_length=1, description="The storage proxies, each under a name of its own.")
+    grants: GrantsSection = Field(default=GrantsSection(), description="Permissions for agents to attach a folder.")
+    binding: BindingSection = Field(default=BindingSection(), description="Buckets that users bring.")
+
+    @field_validator("proxy")
+    @classmethod
+    def _names(cls, value: dict[str, ProxyEntry]) -> dict[str, ProxyEntry]:
+        try:
+            for name in value:
+                parse_name(name, "storage proxy name")
+        except InvalidIdentifier as err:
+            raise ValueError(str(err)) from None
+        return value
+
+    @property
+    def api_secret_file(self) -> Path:
+        return self.api.secret_file or self.manager.state_dir / "api.secret"
+
+    @property
+    def grant_key_file(self) -> Path:
+        return self.grants.key_file or self.manager.state_dir / "grant.pem"
+
+    @property
+    def database_url(self) -> str:
+        return self.database.url or f"sqlite:///{self.manager.state_dir / 'manager.db'}"
+
+    @property
+    def key_file(self) -> Path:
+        return self.database.key_file or self.manager.state_dir / "keys.json"

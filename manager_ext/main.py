@@ -1,0 +1,81 @@
+"""Wires the manager extension; nothing else does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from storage_proxy.client.proxy import ProxyClient
+from storage_proxy.core import logs
+from storage_proxy.core.secrets import read_or_create, read_secret
+from storage_proxy.core.tokens import SigningKey, TokenSigner
+from storage_proxy.db import Database, upgrade
+from storage_proxy.web import HealthCheck, Listener, Server
+
+from .api import AUDIENCE, Services, TokenAuth, build_app
+from .config import ManagerConfig
+from .janitor import run_janitor
+from .models import VERSION_TABLE
+from .services import Agents, Credentials, Folders, KeyFile, Proxies, Sessions, StorageProxy
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+# Grants name their agent (`agent:<id>`); this audience is only the default of the signer.
+GRANT_AUDIENCE = "mooring-agents"
+
+
+def api_signer(config: ManagerConfig) -> TokenSigner:
+    """Signs and verifies API tokens; makes the secret file on first use."""
+    return TokenSigner(AUDIENCE, [SigningKey.hs256(read_or_create(config.api_secret_file))])
+
+
+def build_services(
+    config: ManagerConfig, db: Database, proxies: Proxies, keys: KeyFile, grant_signer: TokenSigner
+) -> Services:
+    credentials = Credentials(db, keys)
+    folders = Folders(db, credentials, proxies, allowed_endpoints=config.binding.allowed_endpoints)
+    agents = Agents(db)
+    sessions = Sessions(
+        db,
+        folders=folders,
+        credentials=credentials,
+        agents=agents,
+        proxies=proxies,
+        signer=grant_signer,
+        grant_lifetime=config.grants.lifetime,
+    )
+    return Services(folders=folders, credentials=credentials, agents=agents, sessions=sessions)
+
+
+def _answers(client: ProxyClient) -> Callable[[], Awaitable[None]]:
+    async def check() -> None:
+        await client.status()
+
+    return check
+
+
+async def serve(config: ManagerConfig) -> None:
+    """Serves until SIGTERM or SIGINT. Makes missing keys, brings the database up to date."""
+    logs.configure(component="manager-ext", level=config.manager.log_level)
+    config.manager.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    auth = TokenAuth(api_signer(config))
+    grant_signer = TokenSigner(GRANT_AUDIENCE, [SigningKey.ed25519_load_or_create(config.grant_key_file)])
+    keys = KeyFile(config.key_file, create=True)
+    async with AsyncExitStack() as stack:
+        db = Database(config.database_url)
+        stack.push_async_callback(db.close)
+        await upgrade(db, MIGRATIONS, VERSION_TABLE)
+        checks = [HealthCheck("database", "sql", db.check)]
+        entries = {}
+        for name, entry in config.proxy.items():
+            client = await stack.enter_async_context(ProxyClient(entry.manager_url, read_secret(entry.secret_file)))
+            entries[name] = StorageProxy(name, client, entry.client_url)
+            checks.append(HealthCheck("storage-proxy", name, _answers(client), critical=False))
+        services = build_services(config, db, Proxies(entries), keys, grant_signer)
+        app = build_app(services, auth, checks)
+        server = Server([Listener(app, "manager API", host=config.api.host, port=config.api.port)])
+        async with asyncio.TaskGroup() as group:
+            janitor = group.create_task(run_janitor(services))
+            await server.run_until_signal()
+            janitor.cancel()
