@@ -30,7 +30,7 @@ from ..s3 import Endpoint
 from .configs import AGENT_ID, VOLUME, StackParts, Written, write_configs
 from .endpoints import AgentEndpoint, Endpoints, ManagerEndpoint, ProxyEndpoint, S3Endpoint
 from .ports import HOST, PortPlan
-from .process import ManagedProcess, ProcessRegistry, ProcessSpec, finish
+from .process import ManagedProcess, ProcessRegistry, ProcessSpec, child_environment, finish
 from .redis import redis_process
 from .residue import clean
 from .sessions import SessionRunner
@@ -184,7 +184,9 @@ class Stack:
         self, name: str, config: Path, ready: Callable[[], Awaitable[None]], registry: ProcessRegistry
     ) -> ManagedProcess:
         argv = [sys.executable, "-m", "storage_proxy", name, "serve", "--config", str(config)]
-        spec = ProcessSpec(name=name, argv=argv, log_file=self.state.log_file(name), ready=ready)
+        # A traceback belongs into the daemon's own log.
+        env = child_environment({"MOORING_DEBUG": "1"})
+        spec = ProcessSpec(name=name, argv=argv, env=env, log_file=self.state.log_file(name), ready=ready)
         return ManagedProcess(spec, registry)
 
     def _weed(self) -> WeedServer:
