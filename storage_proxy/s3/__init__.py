@@ -4,6 +4,7 @@ from .client import ObjectStream, S3Client
 from .endpoint import Endpoint
 from .objects import DeleteFailure, ListPage, MultipartUpload, ObjectInfo, PartInfo
 from .pool import S3Pool
+from .scoped import ScopedCredential, ScopedIssuer
 from .transfer import Uploaded, download_ranges, plan_part_size, upload_stream
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "PartInfo",
     "S3Client",
     "S3Pool",
+    "ScopedCredential",
+    "ScopedIssuer",
     "Uploaded",
     "download_ranges",
     "plan_part_size",

@@ -24,6 +24,7 @@ from ..core.errors import (
     MooringError,
     NoSpace,
     NotFound,
+    RecordNotFound,
     S3AccessDenied,
     S3BadCredential,
     S3ClockSkew,
@@ -75,6 +76,12 @@ _CLASSES: dict[str, type[MooringError]] = {
     "XMinioStorageFull": NoSpace,
     "XMinioAdminBucketQuotaExceeded": NoSpace,
     "KeyTooLongError": InvalidRequest,
+    # IAM and STS
+    "NoSuchEntity": RecordNotFound,
+    "EntityAlreadyExists": AlreadyExists,
+    "InvalidAction": Unsupported,
+    "MissingParameter": Unsupported,
+    "ServiceFailure": S3Unavailable,
     "InvalidBucketName": InvalidIdentifier,
 }
 _BY_STATUS: dict[int, type[MooringError]] = {
@@ -118,7 +125,7 @@ def of_code(
     cls = _CLASSES.get(code)
     if cls is None:
         cls = _BY_STATUS.get(status, S3Error)
-        if cls is NotFound:
+        if cls is NotFound and bucket:
             cls = FileNotFound if key else BucketNotFound
     detail: dict[str, object] = {"s3_code": code or f"HTTP {status}", "operation": operation}
     detail |= {n: v for n, v in (("bucket", bucket), ("key", key), ("request_id", request_id)) if v}

@@ -44,11 +44,13 @@ class Signer:
             return EMPTY_SHA256
         return UNSIGNED if self._unsigned_bodies else hashlib.sha256(body).hexdigest()
 
-    def sign(self, method: str, url: str, headers: Mapping[str, str], payload_hash: str) -> dict[str, str]:
+    def sign(
+        self, method: str, url: str, headers: Mapping[str, str], payload_hash: str, service: str = "s3"
+    ) -> dict[str, str]:
         """`headers` with Authorization, X-Amz-Date and the rest added. `url` must be fully encoded."""
         request = AWSRequest(method=method, url=url, headers=dict(headers))
         request.context["payload_hash"] = payload_hash
-        _HeaderAuth(self._credentials, "s3", self._endpoint.region).add_auth(request)
+        _HeaderAuth(self._credentials, service, self._endpoint.region).add_auth(request)
         return dict(request.headers.items())
 
     def presign(self, method: str, url: str, expires: int) -> str:
