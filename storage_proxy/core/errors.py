@@ -5,6 +5,7 @@
     │   ├── InvalidPath               400  EINVAL     2
     │   ├── InvalidIdentifier         400  EINVAL     2
     │   ├── InvalidRequest            400  EINVAL     2
+    │   ├── RangeNotSatisfiable       416  EINVAL     2
     │   └── Unsupported               400  ENOTSUP    2
     ├── ConfigError                   500  EINVAL     3   a setting is wrong; the process does not start
     │   └── InsecureFileMode          500  EPERM      3
@@ -147,6 +148,15 @@ class InvalidIdentifier(UsageError):
 
 class InvalidRequest(UsageError):
     """A body or query that does not validate; `detail` maps each field to what is wrong with it."""
+
+
+class RangeNotSatisfiable(UsageError):
+    """A range that begins behind the end of the file."""
+
+    code = "vfolder_read_invalid-parameters"
+    problem = "range-not-satisfiable"
+    title = "Range not satisfiable"
+    status = 416
 
 
 class Unsupported(UsageError):
