@@ -201,6 +201,10 @@ def _synchronous(function: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..
 
 def run_async(body: Coroutine[Any, Any, T]) -> T:
     """Runs a coroutine to its end. Ctrl-C and SIGTERM cancel it, so its clean-up runs before the process ends."""
+    from ..core import logs
+
+    # Standard output is for results. A process that serves sets its own log up again.
+    logs.configure(component="mooring", level="debug" if debugging() else "warning", json=False)
 
     async def guarded() -> T:
         terminated = False

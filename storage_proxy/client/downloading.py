@@ -27,7 +27,7 @@ from ..core.paths import RelPath
 from .channel import Answer, Broken, Channels, Writer, together
 from .http import error_from_answer
 from .localtree import LocalTarget, local_error
-from .manager import ManagerClient
+from .manager import ManagerClient, TransferTicket
 from .uploading import Mode, Patience, Progress, sha256_of, store_error, with_token
 
 PIECE_BYTES = 32 * 1024 * 1024
@@ -328,6 +328,26 @@ class FileDownload:
         if answer.status == 404:
             return FileNotFound(f"There is no file {self._relpath} in the folder.", hint="Check the name.")
         return store_error(answer, self._relpath)
+
+
+async def file_size(channels: Channels, ticket: TransferTicket, relpath: str) -> int:
+    """By HEAD on the client port. Raises `FileNotFound` and what else the proxy answered."""
+    url = with_token(ticket)
+    patience = Patience(f"Looking for {relpath}", url)
+    while True:
+        try:
+            answer = await channels.exchange("HEAD", url)
+        except Broken as err:
+            await patience.after(err.reason)
+            continue
+        if answer.status == 200 and answer.headers.get("content-length", "").isdecimal():
+            return int(answer.headers["content-length"])
+        if answer.status == 404:  # the answer to a HEAD has no body that would say it
+            raise FileNotFound(f"There is no file {relpath} in the folder.", hint="Check the name.")
+        error = error_from_answer(answer.status, b"", "storage proxy")
+        if not error.temporary:
+            raise error
+        await patience.after(error)
 
 
 class _Piece:

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Self, TypeVar
 
-from ..core.errors import InvalidPath, MooringError, UsageError
+from ..core.errors import InvalidPath, MooringError, NotFound, UsageError
 from ..core.paths import RelPath
 from .channel import Channels, together
-from .downloading import Downloaded, FileDownload, PartFile
+from .downloading import Downloaded, FileDownload, PartFile, file_size
 from .localtree import LocalFile, LocalScan, LocalTarget, Remark, open_source, scan_file, scan_tree
 from .manager import ManagerClient
 from .proxy import EntryType
@@ -187,6 +187,21 @@ class TransferClient:
     ) -> Uploaded:
         upload = FileUpload(self._channels, self._manager, folder, relpath, fd, size, progress)
         return await upload.run(mode or self._mode)
+
+    # --- what is there ------------------------------------------------------------------------------------------------
+
+    async def is_directory(self, folder: str, path: str) -> bool:
+        """False for a file and for what does not exist. `path` is guarded; empty is the folder itself."""
+        try:
+            await self._manager.files(folder, path or ".", limit=1)
+        except (NotFound, UsageError):
+            return False
+        return True
+
+    async def size(self, folder: str, relpath: str) -> int:
+        """Bytes of a file. Raises `FileNotFound`."""
+        ticket = await self._manager.request_download(folder, RelPath.parse_file(relpath).text)
+        return await file_size(self._channels, ticket, relpath)
 
     # --- down ---------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -60,3 +61,10 @@ async def current_revision(engine: AsyncEngine, version_table: str) -> str | Non
         return await connection.run_sync(
             lambda sync: MigrationContext.configure(sync, opts={"version_table": version_table}).get_current_revision()
         )
+
+
+def head_revision(script_location: Path) -> str | None:
+    """The newest revision that the code knows; no database is asked."""
+    config = Config()
+    config.set_main_option("script_location", str(script_location))
+    return ScriptDirectory.from_config(config).get_current_head()
