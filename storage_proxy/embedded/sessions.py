@@ -28,13 +28,14 @@ from ..core.logs import get_logger, redact_text
 from ..core.secrets import write_private
 from ..core.wire import BindSpec
 from .process import child_environment, die_with_parent, finish
-from .residue import mounts_below
+from .residue import mounts_below, processes_naming
 from .state import StateDirectory, disk_error
 
 log = get_logger(__name__)
 
 PROBE_DEADLINE_SECONDS = 10.0
 REMOVE_DEADLINE_SECONDS = 10.0
+SETTLE_DEADLINE_SECONDS = 5.0
 MAX_OUTPUT_BYTES = 4 * 1024 * 1024
 SESSION_PATH = "/bin:/usr/bin:/sbin:/usr/sbin"
 
@@ -240,21 +241,22 @@ volume_path = {json.dumps(str(base / "volumes"))}
             "--env",
             f"PATH={SESSION_PATH}",
         ]
-        argv += ["--env", "HOME=/tmp"]
+        cid_file = root.with_name("cid")
+        argv += ["--env", "HOME=/tmp", "--cidfile", str(cid_file)]
         if command.interactive:
             argv += ["--interactive"]
         for bind in command.binds:
             argv += ["--mount", bind.podman_mount()]
         argv += ["--rootfs", str(root), *command.argv]
         try:
-            result = await _execute(argv, self._podman_env(), command)
+            return await _execute(argv, self._podman_env(), command)
         except BaseException:
             # The container is no child of podman's client: it would go on running.
             await finish(self._podman_quietly("rm", "--force", "--ignore", "--time", "0", name))
             raise
         finally:
+            await finish(_settled(cid_file))
             self._remove_root(name)
-        return result
 
     async def _podman_quietly(self, *words: str) -> None:
         trial = SessionCommand(argv=[], binds=[], deadline=REMOVE_DEADLINE_SECONDS)
@@ -283,6 +285,17 @@ volume_path = {json.dumps(str(base / "volumes"))}
             return await _execute(argv, child_environment(), command)
         finally:
             self._remove_root(name)
+
+
+async def _settled(cid_file: Path) -> None:
+    """Waits for the container's monitor and its clean-up, which end a little later than podman itself."""
+    try:
+        container = Path(cid_file.read_text(encoding="ascii").strip())
+    except OSError:
+        return
+    end = time.monotonic() + SETTLE_DEADLINE_SECONDS
+    while processes_naming(container) and time.monotonic() < end:  # noqa: ASYNC110  # not our children
+        await asyncio.sleep(0.02)
 
 
 async def _execute(argv: Sequence[str], env: dict[str, str], command: SessionCommand) -> SessionResult:
