@@ -1,0 +1,249 @@
+"""The local HTTP API of the agent, on a unix socket. Handlers parse, call the manager, render.
+
+Who is connected the kernel tells (SO_PEERCRED): only the configured users get in, whatever the mode of the socket file
+is.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from datetime import UTC, datetime
+
+from aiohttp import web
+from pydantic import Field
+
+from storage_proxy import __version__
+from storage_proxy.client.agent import (
+    AgentIdentity,
+    AgentStatus,
+    AttachmentInfo,
+    AttachmentsAnswer,
+    AttachRequest,
+    DetachAnswer,
+    GcAnswer,
+    GcRequest,
+    MountInfo,
+    MountsAnswer,
+)
+from storage_proxy.core.errors import Forbidden, InvalidIdentifier, Unauthenticated
+from storage_proxy.core.ids import parse_session_id
+from storage_proxy.core.wire import Ownership, Wire
+from storage_proxy.web import (
+    HealthCheck,
+    Principal,
+    authenticated,
+    edge_middleware,
+    health_routes,
+    json_answer,
+    read_json,
+    require,
+)
+
+from .attachments import Attachments
+from .drivers import DriverInfo
+from .journal import AttachmentRecord, MountRecord
+
+_UCRED = struct.Struct("3i")
+_HEX = frozenset("0123456789abcdef")
+_LOCAL = "local"
+
+
+class DriverStatus(Wire):
+    """A driver of this node. `lists_bucket`: see `drivers.DriverInfo`; whoever issues credentials must know it."""
+
+    name: str
+    available: bool
+    version: str = ""
+    lists_bucket: bool = False
+    error: str | None = None
+
+
+class NodeStatus(AgentStatus):
+    """The whole status; a client may know the base only."""
+
+    pid: int
+    uptime_seconds: float
+    mounts_by_state: dict[str, int] = {}
+    max_mounts: int
+    drivers: list[DriverStatus] = []
+    redis_error: str | None = None
+
+
+class MountDetail(MountInfo):
+    """A mount with all that is known of it here."""
+
+    volume: str
+    endpoint: str
+    ownership: Ownership
+    credential_id: str = Field(description="Name of the credential, not the credential.")
+
+
+class AgentApi:
+    """The handlers. `drivers` looks at the drivers, `redis_error` at the publisher."""
+
+    def __init__(
+        self,
+        *,
+        agent_id: str,
+        public_key: str,
+        attachments: Attachments,
+        max_mounts: int,
+        pid: int,
+        drivers: Callable[[], Sequence[DriverStatus]],
+        redis_error: Callable[[], str | None],
+    ) -> None:
+        self._identity = AgentIdentity(agent_id=agent_id, public_key=public_key)
+        self._attachments = attachments
+        self._max_mounts = max_mounts
+        self._pid = pid
+        self._drivers = drivers
+        self._redis_error = redis_error
+        self._started = time.monotonic()
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/v1/status", self.status),
+            web.get("/v1/identity", self.identity),
+            web.post("/v1/attachments", self.attach),
+            web.get("/v1/attachments", self.list_attachments),
+            web.delete("/v1/attachments/{session}/{folder}", self.detach),
+            web.delete("/v1/sessions/{session}", self.detach_session),
+            web.get("/v1/mounts", self.list_mounts),
+            web.post("/v1/mounts/gc", self.collect),
+        ]
+
+    @require(_LOCAL)
+    async def status(self, _: web.Request) -> web.Response:
+        mounts = self._attachments.mounts()
+        by_state: dict[str, int] = {}
+        for record, _items in mounts:
+            by_state[record.state.value] = by_state.get(record.state.value, 0) + 1
+        drivers = list(self._drivers())
+        warnings = self._attachments.warnings() + [driver.error for driver in drivers if driver.error]
+        return json_answer(
+            NodeStatus(
+                agent_id=self._identity.agent_id,
+                version=__version__,
+                status="degraded" if warnings else "ok",
+                mounts=len(mounts),
+                attachments=sum(len(items) for _, items in mounts),
+                warnings=warnings,
+                pid=self._pid,
+                uptime_seconds=round(time.monotonic() - self._started, 1),
+                mounts_by_state=by_state,
+                max_mounts=self._max_mounts,
+                drivers=drivers,
+                redis_error=self._redis_error(),
+            )
+        )
+
+    @require(_LOCAL)
+    async def identity(self, _: web.Request) -> web.Response:
+        return json_answer(self._identity)
+
+    @require(_LOCAL)
+    async def attach(self, request: web.Request) -> web.Response:
+        body = await read_json(request, AttachRequest)
+        return json_answer(await self._attachments.attach(body.grant), status=201)
+
+    @require(_LOCAL)
+    async def list_attachments(self, _: web.Request) -> web.Response:
+        return json_answer(
+            AttachmentsAnswer(
+                attachments=[
+                    AttachmentInfo(
+                        session_id=item.session,
+                        vfid=str(item.vfid),
+                        mount_key=item.key,
+                        mode=plan.mode,
+                        target=item.target,
+                        source=self._attachments.spec(item, plan).source,
+                        since=_time(item.since),
+                    )
+                    for item, plan in self._attachments.attachments()
+                ]
+            )
+        )
+
+    @require(_LOCAL)
+    async def detach_session(self, request: web.Request) -> web.Response:
+        session = parse_session_id(request.match_info["session"])
+        return json_answer(DetachAnswer(detached=await self._attachments.detach_session(session)))
+
+    @require(_LOCAL)
+    async def detach(self, request: web.Request) -> web.Response:
+        session = parse_session_id(request.match_info["session"])
+        folder = request.match_info["folder"].lower()
+        if len(folder) != 32 or not _HEX.issuperset(folder):
+            raise InvalidIdentifier("The folder is not named by 32 hex digits.", hint="Take the part after the slash.")
+        return json_answer(DetachAnswer(detached=await self._attachments.detach(session, folder)))
+
+    @require(_LOCAL)
+    async def list_mounts(self, _: web.Request) -> web.Response:
+        return json_answer(
+            MountsAnswer(mounts=[_detail(record, items) for record, items in self._attachments.mounts()])
+        )
+
+    @require(_LOCAL)
+    async def collect(self, request: web.Request) -> web.Response:
+        body = await read_json(request, GcRequest)
+        return json_answer(GcAnswer(drained=await self._attachments.collect(body.grace)))
+
+
+def make_app(api: AgentApi, allowed_uids: Collection[int], checks: Sequence[HealthCheck]) -> web.Application:
+    app = web.Application(middlewares=[edge_middleware, authenticated(peer_authenticator(allowed_uids))])
+    app.add_routes(api.routes())
+    app.add_routes(health_routes("agent", checks))
+    return app
+
+
+def peer_authenticator(allowed_uids: Collection[int]) -> Callable[[web.Request], Awaitable[Principal]]:
+    """Lets in the processes of the given users."""
+
+    async def authenticate(request: web.Request) -> Principal:
+        uid, pid = _peer(request)
+        if uid not in allowed_uids:
+            raise Forbidden(f"User {uid} may not use this agent.", hint="Add the uid to [agent] allowed-uids.")
+        return Principal(f"uid {uid} (pid {pid})", frozenset({_LOCAL}))
+
+    return authenticate
+
+
+def _peer(request: web.Request) -> tuple[int, int]:
+    transport = request.transport
+    peer: socket.socket | None = transport.get_extra_info("socket") if transport is not None else None
+    if peer is None or peer.family != socket.AF_UNIX:
+        raise Unauthenticated("The agent answers on its unix socket only.")
+    pid, uid, _gid = _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return uid, pid
+
+
+def _detail(record: MountRecord, items: Sequence[AttachmentRecord]) -> MountDetail:
+    plan = record.plan
+    return MountDetail(
+        key=record.key,
+        state=record.state,
+        since=_time(record.since),
+        driver=plan.driver,
+        pid=record.process.pid if record.process else None,
+        bucket=plan.location.bucket,
+        prefix=plan.location.prefix,
+        mode=plan.mode,
+        sessions=sorted({item.session for item in items}),
+        last_error=record.last_error,
+        volume=plan.volume,
+        endpoint=plan.location.endpoint,
+        ownership=plan.ownership,
+        credential_id=plan.credential_id,
+    )
+
+
+def driver_status(info: DriverInfo) -> DriverStatus:
+    return DriverStatus(name=info.name, available=True, version=info.version, lists_bucket=info.lists_bucket)
+
+
+def _time(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

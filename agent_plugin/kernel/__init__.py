@@ -1,0 +1,33 @@
+"""The mount calls of Linux: typed system calls, the mount table, connections of the FUSE control file system."""
+
+from .mountinfo import MountEntry, entries_at, entries_below, read_mountinfo, top_at
+from .syscalls import (
+    Attribute,
+    MountFlag,
+    Propagation,
+    clone_tree,
+    make_undumpable,
+    mount,
+    move_mount,
+    set_mount,
+    set_propagation,
+    unmount,
+)
+
+__all__ = [
+    "Attribute",
+    "MountEntry",
+    "MountFlag",
+    "Propagation",
+    "clone_tree",
+    "entries_at",
+    "entries_below",
+    "make_undumpable",
+    "mount",
+    "move_mount",
+    "read_mountinfo",
+    "set_mount",
+    "set_propagation",
+    "top_at",
+    "unmount",
+]

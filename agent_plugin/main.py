@@ -1,0 +1,213 @@
+"""Wires the agent. Nothing else wires."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from storage_proxy.client import ManagerClient
+from storage_proxy.core import logs
+from storage_proxy.core.crypto import SealingKey
+from storage_proxy.core.errors import ConfigError, MooringError
+from storage_proxy.core.secrets import Secret, read_secret
+from storage_proxy.web import HealthCheck, Listener, Server
+
+from .api import AgentApi, DriverStatus, driver_status, make_app
+from .attachments import Attachments
+from .config import AgentConfig
+from .containers import Binds
+from .drivers import Drivers
+from .grants import GrantVerifier
+from .host import check_host
+from .journal import Journal
+from .kernel import make_undumpable
+from .kernel.abandon import off_loop
+from .layout import Layout
+from .mounter import Mounter
+from .probe import Prober
+from .reconcile import Reconciler
+from .status import StatusPublisher
+from .supervisor import trim_output
+
+log = logs.get_logger(__name__)
+
+_REGISTER_SECONDS = (1.0, 60.0)
+_TRIM_SECONDS = 30.0
+
+
+def harden_process() -> None:
+    """No core dumps of this process or of those it starts: their memory holds credentials."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    make_undumpable()
+
+
+async def serve(config: AgentConfig) -> None:
+    """Runs the agent until SIGTERM or SIGINT. Raises `MooringError` if it cannot start; then nothing is left behind."""
+    logs.configure(component="agent", level=config.agent.log_level)
+    os.umask(0o077)
+    harden_process()
+    check_host()
+    async with running(config) as server:
+        await server.run_until_signal()
+
+
+@asynccontextmanager
+async def running(config: AgentConfig) -> AsyncIterator[Server]:
+    """Everything but the listening socket: state, reconciled mounts, background tasks; and the server to be entered."""
+    section = config.agent
+    state = _state_dir(section.state_dir)
+    scratch = state / "scratch"
+    # The kernel's table has real paths; the directory itself may not be there yet.
+    layout = Layout(section.runtime_dir.parent.resolve() / section.runtime_dir.name)
+    drivers = Drivers(config.driver)
+    sealing_key = SealingKey.load_or_create(state / "sealing.key")
+    token = read_secret(config.manager.token_file) if config.manager is not None else None
+    verifier = GrantVerifier(section.id, config.grants.public_key_files, sealing_key)
+    async with AsyncExitStack() as stack:
+        lock = layout.lock()
+        stack.callback(layout.unlock, lock)
+        layout.make_runtime()
+        journal = await Journal.open(state / "journal.sqlite")
+        stack.push_async_callback(journal.close)
+        prober = await stack.enter_async_context(Prober())
+        mounter = Mounter(
+            layout, drivers, prober, scratch, deadline=section.mount_deadline, ca_file=config.driver.s3fs.ca_file
+        )
+        binds = Binds(layout)
+        reconciler = Reconciler(layout, journal, drivers, scratch)
+        if section.stop_mounts_on_exit:
+            (await reconciler.clean()).tell()
+            layout.make_runtime()
+            stack.push_async_callback(_leave_nothing, layout)
+        layout.prepare()
+        attachments = await stack.enter_async_context(
+            Attachments(
+                verifier=verifier,
+                journal=journal,
+                mounter=mounter,
+                binds=binds,
+                drivers=drivers,
+                grace=section.grace_period,
+                warn_mounts=section.warn_mounts,
+                max_mounts=section.max_mounts,
+            )
+        )
+        if section.stop_mounts_on_exit:
+            stack.push_async_callback(attachments.stop_all)
+        else:
+            (await reconciler.adopt(attachments, mounter, binds)).tell()
+        publisher = None if config.redis is None else StatusPublisher(section.id, config.redis, attachments)
+        async with asyncio.TaskGroup() as tasks:
+            background = [tasks.create_task(_trim(layout), name="trim logs")]
+            if publisher is not None:
+                background.append(tasks.create_task(publisher.run(), name="status"))
+            if config.manager is not None and token is not None:
+                work = _register(config.manager.url, token, section.id, sealing_key.public)
+                background.append(tasks.create_task(work, name="register"))
+            api = AgentApi(
+                agent_id=section.id,
+                public_key=sealing_key.public,
+                attachments=attachments,
+                max_mounts=section.max_mounts,
+                pid=os.getpid(),
+                drivers=lambda: _driver_states(drivers),
+                redis_error=lambda: None if publisher is None else publisher.last_error,
+            )
+            checks = _health_checks(journal, drivers, attachments, publisher)
+            uids = {*section.allowed_uids, os.geteuid()}
+            try:
+                yield Server(
+                    [Listener(make_app(api, uids, checks), "agent API", socket=_socket_place(section.api_socket))]
+                )
+            finally:
+                for task in background:
+                    task.cancel()
+
+
+def _state_dir(path: Path) -> Path:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (path / "scratch").mkdir(mode=0o700, exist_ok=True)
+    except OSError as err:
+        raise ConfigError(
+            f"The state directory {path} cannot be made: {err.strerror}.", hint="Set another state-dir."
+        ) from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(f"The state directory {path} is not writable.", hint="Check its owner, or set another one.")
+    return path.resolve()
+
+
+def _socket_place(path: Path) -> Path:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+async def _leave_nothing(layout: Layout) -> None:
+    await off_loop("the removal of the mount base", 10.0, layout.tear_down)
+
+
+async def _trim(layout: Layout) -> None:
+    while True:
+        await asyncio.sleep(_TRIM_SECONDS)
+        with contextlib.suppress(OSError):
+            for path in layout.logs.iterdir():
+                trim_output(path)
+
+
+async def _register(url: str, token: Secret, agent_id: str, public_key: str) -> None:
+    """Tells the manager extension where to seal to; again and again until it has heard."""
+    pause, longest = _REGISTER_SECONDS
+    async with ManagerClient(url, token) as manager:
+        while True:
+            try:
+                await manager.register_agent(agent_id, public_key)
+            except MooringError as err:
+                log.info("not registered at the manager extension yet", error=str(err), again_in=pause)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, longest)
+            else:
+                log.info("registered at the manager extension", agent_id=agent_id)
+                return
+
+
+def _driver_states(drivers: Drivers) -> list[DriverStatus]:
+    states = []
+    for name in drivers.names:
+        try:
+            states.append(driver_status(drivers.get(name).check()))
+        except MooringError as err:
+            states.append(DriverStatus(name=name, available=False, error=str(err)))
+    return states
+
+
+def _health_checks(
+    journal: Journal, drivers: Drivers, attachments: Attachments, publisher: StatusPublisher | None
+) -> list[HealthCheck]:
+    async def journal_works() -> None:
+        await journal.mounts()
+
+    async def driver_works() -> None:
+        await off_loop("a look at the driver", 5.0, drivers.get(drivers.default).check)
+
+    async def mounts_live() -> None:
+        if found := attachments.warnings():
+            raise MooringError(found[0])
+
+    checks = [
+        HealthCheck("agent", "journal", journal_works),
+        HealthCheck("agent", "driver", driver_works),
+        HealthCheck("agent", "mounts", mounts_live, critical=False),
+    ]
+    if publisher is not None:
+
+        async def redis_answers() -> None:
+            if publisher.last_error is not None:
+                raise MooringError(publisher.last_error)
+
+        checks.append(HealthCheck("agent", "redis", redis_answers, critical=False))
+    return checks

@@ -1,0 +1,215 @@
+"""The steps of a mount's life, each by itself: check, start, wait until ready, put in place, take down.
+
+Knows nothing of sessions or of the journal; the attachments manager writes down each step before it calls it here. A
+mount is ready when it is in the kernel mount table on the private stage, its process runs and a `stat` of its root was
+answered; only then is it moved to the pool, on top of whatever is there, and so becomes visible at once and whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from storage_proxy.core.errors import DeadlineExceeded, MountError, MountFailed, NoSpace
+from storage_proxy.core.logs import get_logger
+from storage_proxy.core.secrets import Secret
+from storage_proxy.core.wire import S3Credential
+
+from .credentials import wipe_credential, write_credential
+from .drivers import Drivers, MountPlan
+from .journal import MountRecord
+from .kernel import MountEntry, entries_at, move_mount, top_at
+from .kernel import fusectl as _fusectl
+from .kernel.abandon import off_loop
+from .layout import Layout, not_permitted, unmount_stack
+from .probe import Prober
+from .s3check import check_place
+from .supervisor import MountProcess
+
+log = get_logger(__name__)
+
+KERNEL_SECONDS = 5.0
+_POLL_SECONDS = (0.004, 0.05)
+# How long a process may take from the unmount to its exit, before it is told to. It leaves at once unless a container
+# still holds a copy of the mount, or its last requests are slow.
+_EXIT_SECONDS = 5.0
+
+
+def new_token() -> str:
+    """A name for one start of a mount process: 16 hex digits."""
+    return secrets.token_hex(8)
+
+
+class Mounter:
+    """`scratch` is a directory on disk where every mount gets a 0700 folder of its own for temporary files."""
+
+    def __init__(
+        self, layout: Layout, drivers: Drivers, prober: Prober, scratch: Path, *, deadline: float, ca_file: Path | None
+    ) -> None:
+        self._layout = layout
+        self._drivers = drivers
+        self._prober = prober
+        self._scratch = scratch
+        self._deadline = deadline
+        self._ca_file = ca_file
+
+    async def check(self, plan: MountPlan, credential: S3Credential) -> None:
+        """Everything that can be known before a process is started. Touches nothing on this host.
+
+        Raises DriverMissing, Unsupported, and what `s3check.check_place` raises.
+        """
+        driver = self._drivers.get(plan.driver)
+        info = await off_loop("a look at the driver", KERNEL_SECONDS + 1, driver.check)
+        driver.accept(plan, credential)
+        await check_place(plan.location, credential, info, deadline=self._deadline, ca_file=self._ca_file)
+
+    async def start(self, record: MountRecord, credential: S3Credential) -> MountProcess:
+        """Writes the credential file and starts the process. On failure the caller calls `remove`."""
+        layout, token = self._layout, record.token
+        driver = self._drivers.get(record.plan.driver)
+        scratch = self._scratch / token
+        try:
+            layout.staged(token).mkdir(mode=0o700)
+            scratch.mkdir(mode=0o700)
+        except OSError as err:
+            raise NoSpace(
+                f"A directory for the mount cannot be made: {err.strerror}.", hint="Free space below the state-dir."
+            ) from None
+        write_credential(layout.credential(token), driver.credential_file(credential))
+        launch = driver.launch(
+            record.plan, mount_point=layout.staged(token), credential=layout.credential(token), scratch=scratch
+        )
+        return MountProcess.start(launch, layout.log(token))
+
+    async def ready(self, record: MountRecord, process: MountProcess, *secrets: Secret) -> str:
+        """Waits until the staged mount is usable. Returns its device, "major:minor".
+
+        Raises `MountFailed` if the process ended, `DeadlineExceeded` if the time did.
+        """
+        return await wait_ready(
+            self._layout.staged(record.token), process, self._prober, record.plan, self._deadline, secrets
+        )
+
+    async def place(self, record: MountRecord) -> None:
+        """Moves the mount from the stage to the pool."""
+        target = self._layout.pooled(record.key)
+
+        def move() -> None:
+            target.mkdir(mode=0o755, exist_ok=True)
+            move_mount(self._layout.staged(record.token), target)
+            self._layout.staged(record.token).rmdir()
+
+        try:
+            await off_loop("the move of a mount into the pool", KERNEL_SECONDS, move)
+        except PermissionError as err:
+            raise not_permitted(err) from None
+        except OSError as err:
+            raise MountError(f"A mount could not be put into the pool: {err.strerror}.", hint="Try again.") from None
+
+    async def healthy(self, record: MountRecord) -> bool:
+        """True if the pooled mount is the recorded one and answers."""
+        top = top_at(self._layout.pooled(record.key))
+        if top is None or not top.is_fuse or top.device != record.device:
+            return False
+        return (await self._prober.stat(self._layout.pooled(record.key), KERNEL_SECONDS)).healthy
+
+    async def remove(self, record: MountRecord, process: MountProcess | None) -> None:
+        """Takes everything of a key away: mounts, process, credential, temporary files. Idempotent.
+
+        Sessions must be unbound before. Raises `DeadlineExceeded` or `MountError` if something stays.
+        """
+        layout, token = self._layout, record.token
+        places = (layout.staged(token), layout.pooled(record.key))
+        connections = {entry.connection for place in places for entry in entries_at(place) if entry.is_fuse}
+        try:
+            await self._unmount(places)
+        except DeadlineExceeded:
+            # The kernel waits for the mount process: end their connection, then it has nothing to wait for.
+            await self._abort(connections)
+            await self._unmount(places)
+        if process is not None and not await process.stop(patience=_EXIT_SECONDS):
+            await self._abort(connections)
+            if not await process.wait(KERNEL_SECONDS):
+                raise MountError(
+                    f"Mount process {process.pid} of {record.plan.place} does not end.",
+                    hint="Look at its stack in /proc and at the kernel log.",
+                )
+        wipe_credential(layout.credential(token))
+        await off_loop("the removal of temporary files", 60.0, lambda: self._sweep(record))
+
+    async def _unmount(self, places: Iterable[Path]) -> None:
+        def work() -> None:
+            for place in places:
+                unmount_stack(place)
+
+        await off_loop("an unmount", KERNEL_SECONDS, work)
+
+    async def _abort(self, connections: Iterable[int]) -> None:
+        for connection in connections:
+            log.info("aborting FUSE connection", connection=connection)
+            with contextlib.suppress(OSError):
+                _fusectl.abort(self._layout.fusectl, connection)
+
+    def _sweep(self, record: MountRecord) -> None:
+        layout, token = self._layout, record.token
+        shutil.rmtree(self._scratch / token, ignore_errors=True)
+        layout.log(token).unlink(missing_ok=True)
+        for directory in (layout.staged(token), layout.pooled(record.key)):
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
+async def wait_ready(
+    place: Path,
+    process: MountProcess,
+    prober: Prober,
+    plan: MountPlan,
+    deadline: float,
+    secrets: Iterable[Secret] = (),
+) -> str:
+    """See `Mounter.ready`. Reads the mount table first: a `stat` would not tell a mount from the directory below it."""
+    end = time.monotonic() + deadline
+    pause, longest = _POLL_SECONDS
+    words = tuple(secrets)
+    while True:
+        if process.ended.is_set():
+            raise _ended(plan, process, words)
+        top = top_at(place)
+        left = end - time.monotonic()
+        if top is not None and top.is_fuse:
+            answer = await prober.stat(place, max(left, 0.05))
+            if answer.healthy and await _settled(place, top, process):
+                return top.device
+            if process.ended.is_set():
+                raise _ended(plan, process, words)
+            left = end - time.monotonic()
+        if left <= 0:
+            said = process.last_words(*words)
+            raise DeadlineExceeded(
+                f"The mount of {plan.place} was not ready within {deadline:g} s{_quoted(said)}.",
+                hint="Check that the S3 server answers; raise mount-deadline if it is slow.",
+            )
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.5, longest)
+
+
+async def _settled(place: Path, seen: MountEntry, process: MountProcess) -> bool:
+    """A program that gives up right after it mounted is still in the table for a moment: look once more."""
+    await asyncio.sleep(0)
+    return not process.ended.is_set() and top_at(place) == seen
+
+
+def _ended(plan: MountPlan, process: MountProcess, secrets: tuple[Secret, ...]) -> MountFailed:
+    return MountFailed(
+        f"The {plan.driver} process for {plan.place} ended at once{_quoted(process.last_words(*secrets))}.",
+        hint="Check the bucket, the prefix and the credential with `mooring doctor`.",
+    )
+
+
+def _quoted(words: str) -> str:
+    return f"; it said: {words}" if words else " and said nothing"
