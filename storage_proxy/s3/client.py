@@ -14,6 +14,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime
+from functools import lru_cache
 from itertools import islice
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -52,8 +53,7 @@ _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 class ObjectStream:
-    """The body of one GET. Use as an async context manager: leaving early drops the connection, reading it all returns
-    it.
+    """The body of one GET, an async context manager: leaving early drops the connection, reading it all returns it.
 
     `content_length` is the number of bytes that `chunks` will yield; `content_range` is (first, last, whole size), or
     None for a whole object. `info.size` is always the size of the whole object.
@@ -69,9 +69,7 @@ class ObjectStream:
         self.info = ObjectInfo.from_headers(key, response.headers, whole)
 
     async def chunks(self, size: int = 1024 * 1024) -> AsyncIterator[bytes]:
-        """Pieces of at most `size` bytes as they arrive. Raises S3Unavailable when the body stops short or falls
-        silent.
-        """
+        """Pieces of at most `size` bytes as they arrive. S3Unavailable when the body stops short or falls silent."""
         content = self._response.content
         got = 0
         try:
@@ -84,6 +82,14 @@ class ObjectStream:
             raise self._connection.translated(
                 aiohttp.ClientPayloadError("short body"), "GET", self._bucket, self.info.key
             )
+
+    def is_range(self, start: int, end: int | None) -> bool:
+        """True if this is the answer to a request for bytes `start` to `end`, cut at the end of the object."""
+        if self.content_range is None:
+            return False
+        first, last, whole = self.content_range
+        wanted = whole - 1 if end is None else min(end, whole - 1)
+        return (first, last) == (start, wanted) and self.content_length == last - first + 1
 
     async def read(self) -> bytes:
         """The whole body in memory: for small objects."""
@@ -130,9 +136,7 @@ class S3Client:
         await self.list_page(bucket, max_keys=1)
 
     async def create_bucket(self, bucket: str) -> bool:
-        """True if this call made it, False if it was there and is ours. Raises AlreadyExists if it is somebody
-        else's.
-        """
+        """True if this call made it, False if it was there and is ours. AlreadyExists if it is somebody else's."""
         extra: dict[str, Any] = {}
         if self.endpoint.region != "us-east-1":
             extra["CreateBucketConfiguration"] = {"LocationConstraint": self.endpoint.region}
@@ -196,11 +200,11 @@ class S3Client:
             stream = ObjectStream(
                 self._http, await self._http.send("GET", "GET", bucket, key, headers=headers), bucket, key
             )
-            if "Range" in headers and (stream.content_range is None or stream.content_range[0] != (start or 0)):
+            if "Range" in headers and not stream.is_range(start or 0, end):
                 await stream.__aexit__(None, None, None)
                 raise S3Error(
                     f"S3 GET s3://{bucket}/{key}: the server answered another range than {headers['Range']}.",
-                    hint="Look for a proxy between here and the S3 server that drops Range headers.",
+                    hint="Look for a proxy between here and the S3 server that changes ranges.",
                 )
             return stream
 
@@ -217,8 +221,7 @@ class S3Client:
         sha256: str | None = None,
         if_none_match: bool = False,
     ) -> ObjectInfo:
-        """Writes one object in one request (up to 5 GiB; the body is in memory). Atomic: readers see the old or the new
-        one.
+        """Writes one object in one request, atomically: readers see the old or the new one. Up to 5 GiB.
 
         `sha256` (hex), if known, makes the server refuse other bytes (IntegrityError). `if_none_match` refuses to
         replace an object (S3PreconditionFailed) and turns repetition off, as a repeated request could lose against its
@@ -414,9 +417,7 @@ class S3Client:
     async def upload_part(
         self, bucket: str, key: str, upload_id: str, number: int, body: bytes | bytearray | memoryview
     ) -> PartInfo:
-        """Writes part `number` (1 to 10,000), 5 MiB to 5 GiB unless it is the last. Idempotent: the last write
-        counts.
-        """
+        """Writes part `number` (1 to 10,000), 5 MiB to 5 GiB unless it is the last. The last write of a part counts."""
         query = {"partNumber": str(number), "uploadId": upload_id}
         view = memoryview(body)
 
@@ -428,8 +429,7 @@ class S3Client:
         return await self._http.bounded("UploadPart", call, bucket=bucket, key=key, body_size=len(view))
 
     async def complete_multipart(self, bucket: str, key: str, upload_id: str, parts: Sequence[PartInfo]) -> ObjectInfo:
-        """Publishes the object. Safe to repeat: if the upload is gone because an earlier try succeeded, that is
-        noticed.
+        """Publishes the object. Safe to repeat: it notices when an earlier try has succeeded.
 
         `size` of the result is the sum of the parts' sizes. Raises UploadNotFound.
         """
@@ -501,9 +501,7 @@ class S3Client:
     # --- presigned URLs -----------------------------------------------------------------------------------------------
 
     def presign_get(self, bucket: str, key: str, *, expires: int, filename: str | None = None) -> str:
-        """A URL that reads the object for `expires` seconds; the ceiling is the caller's. `filename`: saved under that
-        name.
-        """
+        """A URL that reads the object for `expires` seconds. `filename`: the name a browser saves it under."""
         query: dict[str, str] = {}
         if filename is not None:
             query["response-content-disposition"] = f"attachment; filename*=UTF-8''{quote(filename, safe='')}"
@@ -539,14 +537,9 @@ class S3Client:
     async def _botocore(self) -> Any:
         async with self._boto_lock:
             if self._boto is None:
-                session = AioSession()
-                # What the operator's own AWS set-up says has no say here: profiles, default regions, endpoints.
-                for name in ("config_file", "credentials_file"):
-                    session.set_config_variable(name, "/dev/null")
-                session.set_config_variable("profile", None)
                 token = self._credential.session_token
                 client = await self._stack.enter_async_context(
-                    session.create_client(
+                    _boto_session().create_client(
                         "s3",
                         endpoint_url=self.endpoint.url,
                         region_name=self.endpoint.region,
@@ -587,6 +580,17 @@ class S3Client:
             if page.continuation is None:
                 return
             continuation = page.continuation
+
+
+@lru_cache(maxsize=1)
+def _boto_session() -> AioSession:
+    """One for the process: it keeps the parsed service model, which costs 0.4 s, where a client more costs 0.02 s."""
+    session = AioSession()
+    # What the operator's own AWS set-up says has no say here: profiles, default regions, endpoints.
+    for name in ("config_file", "credentials_file"):
+        session.set_config_variable(name, "/dev/null")
+    session.set_config_variable("profile", None)
+    return session
 
 
 def _add_content_md5(request: Any, **_: object) -> None:

@@ -1,5 +1,4 @@
-"""`Connection`: signed HTTP to one endpoint with one credential: the pooled session, retries, deadlines, translated
-errors.
+"""`Connection`: signed HTTP to one endpoint with one credential. Pooled, retried, with deadlines and our own errors.
 
 Objects, parts and listings go this way; operations with XML bodies go through aiobotocore (see `client`). Per request
 this costs a third of botocore's CPU, and bodies stream both ways without being copied into its buffers.

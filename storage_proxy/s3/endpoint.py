@@ -60,9 +60,7 @@ class Endpoint:
             return host == "localhost"
 
     def object_url(self, bucket: str = "", key: str = "", query: str = "") -> str:
-        """The fully encoded URL of the service, a bucket or an object. Keys are taken as they are: nothing is
-        normalised.
-        """
+        """The encoded URL of the service, a bucket or an object. Nothing in a key is normalised."""
         base, path = self.url, "/"
         if bucket and self.path_style:
             path = f"/{bucket}"

@@ -35,9 +35,7 @@ class Signer:
         self._unsigned_bodies = endpoint.secure or endpoint.is_loopback
 
     def body_hash(self, body: bytes | memoryview, known_sha256: str | None = None) -> str:
-        """What goes into x-amz-content-sha256. A hash that the caller has anyway is sent, so the server checks the
-        bytes.
-        """
+        """What goes into x-amz-content-sha256. A hash that is known anyway is sent, so the server checks the bytes."""
         if known_sha256 is not None:
             return known_sha256
         if not body:
