@@ -89,3 +89,19 @@ def test_the_import_rules_hold() -> None:
     program = Path(sys.executable).with_name("lint-imports")
     result = subprocess.run([str(program)], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout
+
+
+def test_every_route_is_in_the_api_document() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = {re.sub(r"\{\w+\}", "{}", path) for path in re.findall(r"`(/[^` ]*)`", text)}
+    served: set[str] = set()
+    for folder in ("storage_proxy/api", "storage_proxy/web", "manager_ext/api", "agent_plugin"):
+        for path in (ROOT / folder).rglob("*.py"):
+            found = re.findall(
+                r'\.(?:add_)?(?:get|post|put|delete|patch|head|options)\(\s*f?"([/{][^"]*)"', path.read_text()
+            )
+            served.update(
+                re.sub(r"\{\w+\}", "{}", re.sub(r"^\{one\}", "/v1/folders/{folder}", route)) for route in found
+            )
+    assert len(served) > 40
+    assert served <= documented, served - documented
