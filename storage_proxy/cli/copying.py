@@ -17,6 +17,7 @@ from .output import (
     JsonOption,
     YesOption,
     confirm,
+    count,
     interactive,
     one_line,
     print_json,
@@ -99,7 +100,7 @@ async def put(
 
             raise ReadOnly(f"Folder {folder.name} is read-only.", hint="Ask its owner for a writable binding.")
         if len(scan.files) > ASK_FILES or scan.bytes > ASK_BYTES:
-            _ask(f"Upload {len(scan.files)} files", scan.bytes, str(remote), yes)
+            _ask(f"Upload {count(len(scan.files))}", scan.bytes, str(remote), yes)
         with progress_bar(f"to {remote.folder}", scan.bytes, enabled=not as_json) as progress:
             report = await transfer.upload_scan(folder.id, scan, concurrency=jobs, progress=progress)
     _finish(report, "Uploaded", as_json, checksum)
@@ -152,7 +153,7 @@ async def get(
             return
         existing = sum(1 for file in scan.files if (local / file.target).exists())
         if existing:
-            _ask(f"Replace {existing} of {len(scan.files)} files", scan.bytes, str(local), yes)
+            _ask(f"Replace {existing} of {count(len(scan.files))}", scan.bytes, str(local), yes)
         with progress_bar(f"from {remote.folder}", scan.bytes, enabled=not as_json) as progress:
             report = await transfer.download_scan(
                 folder.id, scan, local, concurrency=jobs, progress=progress, checksum=checksum
@@ -232,7 +233,7 @@ def _show_plan(moves: list[tuple[str, str, int]], left_out: list[tuple[str, str]
         print_line(f"{source} -> {target}")
     for path, reason in left_out:
         warn(f"{path} is left out: {reason}")
-    print_line(f"Would transfer {len(moves)} files, {ByteSize(total)}.")
+    print_line(f"Would transfer {count(len(moves))}, {ByteSize(total)}.")
 
 
 def _finish(report: TransferReport, verb: str, as_json: bool, checksum: bool) -> None:
@@ -260,10 +261,12 @@ def _finish(report: TransferReport, verb: str, as_json: bool, checksum: bool) ->
         for name, digest in sorted(report.sha256.items()):
             print_line(f"{digest}  {name}")
     rate = ByteSize(int(report.bytes / report.seconds)) if report.seconds else ByteSize(0)
-    print_line(f"{verb} {report.files} files, {ByteSize(report.bytes)} in {report.seconds:.1f} s ({rate}/s).")
+    print_line(f"{verb} {count(report.files)}, {ByteSize(report.bytes)} in {report.seconds:.1f} s ({rate}/s).")
     for failure in report.failures[:MAX_SHOWN_PROBLEMS]:
         sys.stderr.write(f"failed: {one_line(failure.path)}: {one_line(str(failure.error))}\n")
     if report.failures:
         total = len(report.failures) + report.files
-        sys.stderr.write(f"error: {len(report.failures)} of {total} files did not arrive. Run it again for the rest.\n")
+        sys.stderr.write(
+            f"error: {len(report.failures)} of {count(total)} did not arrive. Run it again for the rest.\n"
+        )
         raise typer.Exit(report.failures[0].error.exit_code)

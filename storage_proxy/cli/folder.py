@@ -15,6 +15,7 @@ from .output import (
     JsonOption,
     YesOption,
     confirm,
+    count,
     print_fields,
     print_json,
     print_line,
@@ -141,7 +142,7 @@ async def ls(
         [
             [
                 "" if entry["type"] == "DIRECTORY" else entry["size"],
-                (entry["modified"] or "")[:19].replace("T", " "),
+                "" if entry["type"] == "DIRECTORY" else (entry["modified"] or "")[:19].replace("T", " "),
                 entry["path"] + ("/" if entry["type"] == "DIRECTORY" else ""),
             ]
             for entry in entries
@@ -212,7 +213,7 @@ async def rm(
         files, size = sum(plan["files"] for plan in plans), sum(plan["bytes"] for plan in plans)
         if not dry_run:
             names = ", ".join(map(str, remotes[:3])) + (f" and {len(remotes) - 3} more" if len(remotes) > 3 else "")
-            confirm(f"Remove {names} ({files} files, {ByteSize(size)})?", yes=yes)
+            confirm(f"Remove {names} ({count(files)}, {ByteSize(size)})?", yes=yes)
             for remote, plan in zip(remotes, plans, strict=True):
                 await manager.delete_files(remote.folder, [remote.path], recursive=plan["type"] == "DIRECTORY")
     if as_json:
@@ -220,7 +221,7 @@ async def rm(
         return
     verb = "Would remove" if dry_run else "Removed"
     for plan in plans:
-        print_line(f"{verb} {plan['path']} ({plan['files']} files, {ByteSize(plan['bytes'])}).")
+        print_line(f"{verb} {plan['path']} ({count(plan['files'])}, {ByteSize(plan['bytes'])}).")
 
 
 async def usage(
@@ -270,7 +271,7 @@ async def delete(
             result |= {"files": 0, "bytes": 0}
         else:
             held = await manager.usage(folder.id)
-            question = f"Delete folder {folder.name} with {held.file_count} files ({ByteSize(held.used_bytes)})?"
+            question = f"Delete folder {folder.name} with {count(held.file_count)} ({ByteSize(held.used_bytes)})?"
             result |= {"files": held.file_count, "bytes": held.used_bytes}
         if not dry_run:
             confirm(question, yes=yes)
@@ -315,7 +316,10 @@ async def _entries(manager: ManagerClient, folder: str, path: str, recursive: bo
                         "path": relpath,
                         "type": entry.type.value,
                         "size": entry.stat.size,
-                        "modified": entry.stat.modified.isoformat() if entry.stat.modified else None,
+                        # A directory is only a common prefix: the store knows no time for it.
+                        "modified": entry.stat.modified.isoformat()
+                        if entry.stat.modified and entry.type.value != "DIRECTORY"
+                        else None,
                     }
                 )
                 if recursive and entry.type.value == "DIRECTORY":

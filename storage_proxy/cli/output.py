@@ -251,6 +251,10 @@ def say(sentence: str) -> None:
     sys.stderr.write(one_line(sentence) + "\n")
 
 
+def count(number: int, noun: str = "file") -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def print_json(value: object) -> None:
     """One JSON document on standard output; file names that are not UTF-8 stay readable as escapes."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=True, default=str) + "\n")

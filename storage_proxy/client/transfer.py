@@ -26,7 +26,7 @@ from ..core.errors import InvalidPath, MooringError, NotFound, UsageError
 from ..core.paths import RelPath
 from .channel import Channels, together
 from .downloading import Downloaded, FileDownload, PartFile, file_size
-from .localtree import LocalFile, LocalScan, LocalTarget, Remark, open_source, scan_file, scan_tree
+from .localtree import LocalFile, LocalScan, LocalTarget, Remark, local_error, open_source, scan_file, scan_tree
 from .manager import ManagerClient
 from .proxy import EntryType
 from .uploading import FileUpload, Mode, Progress, Uploaded
@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 FILES_AT_ONCE = 8
+SPOOL_CHUNK = 1024 * 1024
 
 T = TypeVar("T")
 
@@ -356,10 +357,31 @@ async def _opened(source: Path | BinaryIO, name: str) -> AsyncIterator[tuple[int
         return
     with tempfile.TemporaryFile(prefix="mooring-") as spool:
         try:
-            await asyncio.to_thread(shutil.copyfileobj, source, spool, 1024 * 1024)
+            await _spool(source, spool)
             spool.flush()
         except OSError as err:
-            raise UsageError(
-                f"The input for {name} cannot be kept in {tempfile.gettempdir()}: {err.strerror}."
-            ) from None
+            raise local_error(err, f"The input for {name}, kept in {tempfile.gettempdir()},") from None
         yield spool.fileno(), os.fstat(spool.fileno()).st_size
+
+
+async def _spool(source: BinaryIO, spool: BinaryIO) -> None:
+    """Copies a stream to its end. A pipe or terminal is read on the loop: a thread that waits for a person to type
+    could not be cancelled."""
+    try:
+        mode = os.fstat(source.fileno()).st_mode
+    except (OSError, io.UnsupportedOperation):
+        await asyncio.to_thread(shutil.copyfileobj, source, spool, SPOOL_CHUNK)
+        return
+    if stat.S_ISREG(mode):
+        await asyncio.to_thread(shutil.copyfileobj, source, spool, SPOOL_CHUNK)
+        return
+    reader = asyncio.StreamReader(limit=SPOOL_CHUNK)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(os.dup(source.fileno()), "rb", buffering=0)
+    )
+    try:
+        while chunk := await reader.read(SPOOL_CHUNK):
+            spool.write(chunk)
+    finally:
+        transport.close()
+        os.set_blocking(source.fileno(), True)  # the flag is shared with whoever else has the terminal open
