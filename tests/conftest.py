@@ -106,6 +106,8 @@ def postgres_server() -> Iterator[str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it complains when there is no XDG_RUNTIME_DIR
             server = pgserver.get_server(Path(place) / "data", cleanup_mode="stop")
+        server.psql("ALTER SYSTEM SET fsync = off;")  # its data dies with the run
+        server.psql("SELECT pg_reload_conf();")
         try:
             yield server.get_uri()
         finally:
