@@ -40,6 +40,7 @@ class Proxy:
     """A wired proxy that does not listen yet."""
 
     services: Services
+    database: Database
     listeners: list[Listener]
 
 
@@ -102,7 +103,7 @@ async def open_proxy(config: ProxyConfig) -> AsyncIterator[Proxy]:
         ]
         sweeper = asyncio.create_task(_sweep([uploads.sweep, credentials.sweep]), name="sweeper")
         stack.push_async_callback(_stop, sweeper)
-        yield Proxy(services, listeners)
+        yield Proxy(services, database, listeners)
 
 
 async def _sweep(works: list[Callable[[], Awaitable[int]]]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError as DuplicateRow
@@ -95,17 +96,16 @@ class MinioVolume(Volume):
         client, prefix = await self.client(), vfid.managed_prefix
         if await _anything(client, self.bucket, prefix):
             raise _exists(vfid)
+        marker = partial(
+            client.put, self.bucket, prefix, b"", metadata=directory_metadata(), content_type=DIRECTORY_TYPE
+        )
         try:
-            await client.put(
-                self.bucket,
-                prefix,
-                b"",
-                metadata=directory_metadata(),
-                content_type=DIRECTORY_TYPE,
-                if_none_match=True,
-            )
+            await marker(if_none_match=True)
         except S3PreconditionFailed:
-            raise _exists(vfid) from None
+            # Two creators at once, or SeaweedFS remembering a deleted directory that no LIST shows.
+            if await _anything(client, self.bucket, prefix):
+                raise _exists(vfid) from None
+            await marker()
 
     async def bind(self, vfid: VFolderID, binding: Binding) -> None:
         location = binding.location

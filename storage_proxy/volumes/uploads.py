@@ -23,7 +23,7 @@ import hashlib
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -247,7 +247,7 @@ class UploadService:
             )
         else:
             await target.send(row.upload_id, -(-row.size // _part_size(row)), writer.tail)
-            await self._complete(row, target)
+            await self._complete(row, target, target.sent, all_named=False)
         row.offset, row.done = row.size, True
         if checksum is not None and hash_ is None:
             await self._read_back(row, target, checksum)
@@ -306,35 +306,39 @@ class UploadService:
             elif row.upload_id is None:
                 raise InvalidRequest("No link was asked for yet.", hint="Ask for the links of the parts first.")
             else:
-                await self._complete(row, target, {number: etag.strip('"') for number, etag in parts.items()})
+                etags = {number: etag.strip('"') for number, etag in parts.items()}
+                await self._complete(row, target, etags, all_named=True)
             row.offset, row.done = row.size, True
 
-    async def _complete(self, row: Upload, target: _Target, etags: Mapping[int, str] | None = None) -> None:
-        """Checks every part against the declared size, then publishes."""
+    async def _complete(self, row: Upload, target: _Target, etags: Mapping[int, str], *, all_named: bool) -> None:
+        """Checks every part against the declared size and the ETags that are known, then publishes."""
         part_size = _part_size(row)
         count = -(-row.size // part_size)
-        found = {part.number: part for part in await target.parts(row.upload_id or "")}
+        stored = await target.parts(row.upload_id or "")
+        chosen: list[PartInfo] = []
         wrong: dict[str, object] = {}
         for number in range(1, count + 1):
             wanted = part_size if number < count else row.size - (count - 1) * part_size
-            part = found.get(number)
-            if part is None:
-                wrong[str(number)] = "missing"
-            elif part.size != wanted:
-                wrong[str(number)] = f"has {part.size} bytes, not {wanted}"
-            elif etags is not None and etags.get(number) != part.etag:
-                wrong[str(number)] = "has another ETag"
-        for number in sorted(set(etags or ()) - set(range(1, count + 1))):
-            wrong[str(number)] = "is one too many"
+            # SeaweedFS lists each version of a part that was sent twice, so there may be several.
+            versions = [part for part in stored if part.number == number]
+            if number in etags or all_named:
+                versions = [part for part in versions if part.etag == etags.get(number)]
+            right = [part for part in versions if part.size == wanted]
+            if right:
+                chosen.append(right[-1])
+            elif versions:
+                wrong[str(number)] = f"has {versions[-1].size} bytes, not {wanted}"
+            else:
+                wrong[str(number)] = "missing, or has another ETag"
+        wrong |= {str(number): "is one too many" for number in etags if number > count}
         if wrong:
             raise InvalidRequest(
                 f"{len(wrong)} of {count} parts are not right.",
                 hint="Send these parts again, then complete the upload.",
                 detail=dict(list(wrong.items())[:20]),
             )
-        await target.tree.folder.client.complete_multipart(
-            target.bucket, target.key, row.upload_id or "", [found[number] for number in range(1, count + 1)]
-        )
+        client = target.tree.folder.client
+        await client.complete_multipart(target.bucket, target.key, row.upload_id or "", chosen)
 
     # --- rows and leases ----------------------------------------------------------------------------------------------
 
@@ -355,9 +359,8 @@ class UploadService:
         if row.mode == UploadMode.PROXIED and row.upload_id is not None:
             try:
                 whole, part_size = 0, _part_size(row)
-                for part in await target.parts(row.upload_id):
-                    if part.number != whole + 1 or part.size != part_size or part.number * part_size >= row.size:
-                        break
+                stored = {part.number for part in await target.parts(row.upload_id) if part.size == part_size}
+                while whole + 1 in stored and (whole + 1) * part_size < row.size:
                     whole += 1
                 row.offset = max(row.offset, whole * part_size)
             except UploadNotFound:
@@ -540,9 +543,11 @@ class _Target:
     tree: FolderTree
     bucket: str
     key: str
+    sent: dict[int, str] = field(default_factory=dict)  # ETags of the parts that this request stored
 
     async def send(self, upload_id: str, number: int, data: memoryview) -> None:
-        await self.tree.folder.client.upload_part(self.bucket, self.key, upload_id, number, data)
+        part = await self.tree.folder.client.upload_part(self.bucket, self.key, upload_id, number, data)
+        self.sent[number] = part.etag
 
     async def parts(self, upload_id: str) -> list[PartInfo]:
         return await self.tree.folder.client.list_parts(self.bucket, self.key, upload_id)
