@@ -1,0 +1,183 @@
+"""`mooring up`: the whole job, stopping at any moment, being killed, two stacks, a part that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from storage_proxy.client.agent import AgentClient
+from storage_proxy.client.manager import ManagerClient
+from storage_proxy.core.errors import MooringError
+from storage_proxy.core.wire import S3Credential
+from storage_proxy.embedded.endpoints import Endpoints
+from storage_proxy.embedded.process import start_time
+from storage_proxy.embedded.residue import mounts_below
+from storage_proxy.s3 import Endpoint, S3Client
+
+from .stacks import SMALL, Up, until
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root"),
+]
+
+
+def check_result(result: dict[str, object]) -> None:
+    assert result["ok"] is True
+    assert result["sha256_mismatches"] == 0
+    assert result["write_refused_on_read_only"] is True
+    assert result["residue"] == []
+    assert result["files_checked"] == 69
+    assert result["written_files_verified"] == 4
+
+
+def test_once_does_the_whole_job_and_leaves_nothing(tmp_path: Path) -> None:
+    with Up(tmp_path / "s", "--once", "--json") as up:
+        result = up.result()
+        check_result(result)
+        assert int(result["bytes"]) > 200_000_000
+        assert result["runtime"] in ("podman", "mount namespace")
+        assert result["read_only_credential"] == "its own, limited to reading that bucket"
+        up.assert_nothing_left()
+        assert up.err == ""
+        logs = {path.name for path in up.state.logs_dir.iterdir()}
+        assert {"s3.log", "redis.log", "proxy.log", "manager.log", "agent.log", "up.log"} <= logs
+
+
+def test_a_killed_stack_is_cleaned_by_the_next_start(tmp_path: Path) -> None:
+    """kill -9 while the folders are mounted; then the same directory works again."""
+    state = tmp_path / "s"
+    with Up(state, "--once", env=SMALL) as killed:
+        until(lambda: any(m.is_fuse for m in mounts_below(killed.state.runtime_dir)), 120, "a mount")
+        pids = killed.pids()
+        os.kill(killed.process.pid, signal.SIGKILL)
+        killed.wait(10)
+    # The kernel tells the children; the agent unmounts by itself.
+    until(lambda: all(start_time(pid) is None for pid in pids.values()), 40, "the children end")
+    assert not any(m.is_fuse for m in mounts_below(killed.state.runtime_dir))
+    with Up(state, "--once", "--json", base=killed.base, env=SMALL) as again:
+        check_result(again.result())
+        again.assert_nothing_left()
+    with Up(state, "--no-job", base=killed.base) as look:
+        assert asyncio.run(_names(look.ready())) == []  # the folders of the killed job are gone as well
+        assert look.stop() == 0
+
+
+def test_everything_killed_at_once_is_cleaned_too(tmp_path: Path) -> None:
+    """As after a crash of the machine's session: nobody had a chance to clean up, mounts are dead."""
+    state = tmp_path / "s"
+    with Up(state, "--once", env=SMALL) as killed:
+        until(lambda: any(m.is_fuse for m in mounts_below(killed.state.runtime_dir)), 120, "a mount")
+        pids = killed.pids()
+        os.kill(killed.process.pid, signal.SIGSTOP)
+        for pid in [*pids.values(), killed.process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        killed.wait(10)
+    assert mounts_below(killed.state.runtime_dir)
+    with Up(state, "--once", "--json", base=killed.base, env=SMALL) as again:
+        check_result(again.result())
+        again.assert_nothing_left()
+
+
+async def _names(endpoints: Endpoints) -> list[str]:
+    async with ManagerClient(endpoints.manager.url, endpoints.manager.token) as manager:
+        return [folder.name async for folder in manager.folders()]
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("looking at this machine", signal.SIGINT),
+        ("starting the S3 server", signal.SIGTERM),
+        ("starting the storage proxy", signal.SIGINT),
+        ("starting the agent", signal.SIGTERM),
+        ("uploading", signal.SIGINT),
+        ("running the session", signal.SIGTERM),
+    ],
+)
+def test_a_signal_at_any_moment_leaves_nothing(tmp_path: Path, moment: str, number: signal.Signals) -> None:
+    with Up(tmp_path / "s", "--once", env=SMALL) as up:
+        up.says(moment)
+        assert up.stop(number) == 128 + number
+        up.assert_nothing_left()
+        assert "Traceback" not in up.err
+
+
+def test_ctrl_c_twice_does_not_break_the_stop(tmp_path: Path) -> None:
+    with Up(tmp_path / "s", "--no-job") as up:
+        up.ready()
+        up.process.send_signal(signal.SIGINT)
+        up.says("stopping")
+        up.process.send_signal(signal.SIGINT)
+        up.process.send_signal(signal.SIGTERM)
+        assert up.wait(60) == 0
+        up.assert_nothing_left()
+
+
+def test_two_stacks_side_by_side(tmp_path: Path) -> None:
+    with Up(tmp_path / "one", "--no-job") as one, Up(tmp_path / "two", "--no-job", "--json") as two:
+        first, second = one.ready(), two.ready()
+        assert first.proxy.client_url != second.proxy.client_url
+        assert first.proxy.secret != second.proxy.secret
+        assert asyncio.run(_mounts(first)) == asyncio.run(_mounts(second)) == 0
+        with Up(tmp_path / "one", "--once") as third:
+            assert third.wait(30) == 6
+            assert f"already runs on {tmp_path / 'one'}" in third.err
+        with Up(tmp_path / "three", "--once", base=one.base) as fourth:
+            assert fourth.wait(30) == 9
+            assert "--port-base" in fourth.err
+        assert one.stop(signal.SIGINT) == 0
+        one.assert_nothing_left()
+        asyncio.run(_mounts(second))
+        assert two.stop() == 0
+        two.assert_nothing_left()
+        events = [json.loads(line)["event"] for line in two.out.splitlines()]
+        assert events == ["ready", "stopped"]
+
+
+async def _mounts(endpoints: Endpoints) -> int:
+    async with AgentClient(endpoints.agent.socket) as agent:
+        return len(await agent.mounts())
+
+
+@pytest.mark.parametrize("part", ["proxy", "manager", "agent", "redis", "s3"])
+def test_a_part_that_dies_is_started_again(running: Up, part: str) -> None:
+    endpoints = running.ready()
+    before = running.pids()
+    os.kill(before[part], signal.SIGKILL)
+    until(lambda: running.pids().get(part) not in (None, before[part]), 30, f"a new {part}")
+    until(lambda: _works(endpoints), 60, "the stack works again")
+    assert {name: pid for name, pid in running.pids().items() if name != part} == {
+        name: pid for name, pid in before.items() if name != part
+    }
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    with Up(tmp_path_factory.mktemp("running") / "s", "--no-job") as up:
+        up.ready()
+        yield up
+        assert up.stop() == 0
+        up.assert_nothing_left()
+
+
+def _works(endpoints: Endpoints) -> bool:
+    async def use() -> None:
+        await _mounts(endpoints)
+        async with ManagerClient(endpoints.manager.url, endpoints.manager.token, timeout=5) as manager:
+            folder = await manager.create_folder("trial", "minio")
+            await manager.delete_folder(folder.id)
+        credential = S3Credential(access_key=endpoints.s3.access_key, secret_key=endpoints.s3.secret_key)
+        async with S3Client(Endpoint(endpoints.s3.url, attempts=1, deadline=5), credential) as s3:
+            await s3.put(endpoints.s3.bucket, "trial", b"x")
+
+    try:
+        asyncio.run(use())
+    except MooringError:
+        return False
+    return True
