@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from storage_proxy.client.manager import EndpointText
+from storage_proxy.client.manager import parse_endpoint
 from storage_proxy.core.config import ConfigModel
-from storage_proxy.core.errors import InvalidIdentifier
+from storage_proxy.core.errors import InvalidIdentifier, UsageError
 from storage_proxy.core.ids import parse_name
 from storage_proxy.core.secrets import Secret
 
@@ -37,6 +37,13 @@ def _url(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("write it as https://HOST:PORT")
     return url.rstrip("/")
+
+
+def _endpoint(text: str) -> str:
+    try:
+        return parse_endpoint(text)
+    except UsageError as err:
+        raise ValueError(str(err)) from None
 
 
 def _is_local(host: str) -> bool:
@@ -130,7 +137,7 @@ class GrantsSection(ConfigModel):
 class BindingSection(ConfigModel):
     """Buckets that users bring."""
 
-    allowed_endpoints: list[EndpointText] = Field(
+    allowed_endpoints: list[Annotated[str, AfterValidator(_endpoint)]] = Field(
         default=[],
         description="Endpoints that users may bind buckets of, beside the one of the volume. Admins may use any.",
         examples=['["https://s3.example.com"]'],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 from storage_proxy.client.proxy import ProxyClient
 from storage_proxy.core import logs
+from storage_proxy.core.errors import ConfigError
 from storage_proxy.core.secrets import read_or_create, read_secret
 from storage_proxy.core.tokens import SigningKey, TokenSigner
 from storage_proxy.db import Database, upgrade
@@ -25,8 +27,21 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 GRANT_AUDIENCE = "mooring-agents"
 
 
+def make_state_dir(path: Path) -> None:
+    """Makes the state directory if it is missing. Raises `ConfigError` if this user cannot write there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as err:
+        raise ConfigError(
+            f"State directory {path} cannot be made: {err.strerror}.", hint="Choose another in [manager] state-dir."
+        ) from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(f"State directory {path} is not writable by this user.", hint="Check its owner and mode.")
+
+
 def api_signer(config: ManagerConfig) -> TokenSigner:
     """Signs and verifies API tokens; makes the secret file on first use."""
+    make_state_dir(config.manager.state_dir)
     return TokenSigner(AUDIENCE, [SigningKey.hs256(read_or_create(config.api_secret_file))])
 
 
@@ -58,7 +73,6 @@ def _answers(client: ProxyClient) -> Callable[[], Awaitable[None]]:
 async def serve(config: ManagerConfig) -> None:
     """Serves until SIGTERM or SIGINT. Makes missing keys, brings the database up to date."""
     logs.configure(component="manager-ext", level=config.manager.log_level)
-    config.manager.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     auth = TokenAuth(api_signer(config))
     grant_signer = TokenSigner(GRANT_AUDIENCE, [SigningKey.ed25519_load_or_create(config.grant_key_file)])
     keys = KeyFile(config.key_file, create=True)

@@ -245,11 +245,13 @@ class HttpService:
         try:
             return model.model_validate_json(content or b"{}")
         except ValidationError as err:
-            fields = ", ".join(".".join(str(step) for step in item["loc"]) for item in err.errors(include_input=False))
-            raise InternalError(
-                f"The {self.service} at {self._where} answered in an unknown shape ({fields or 'not JSON'}).",
-                hint="Check that both run the same version.",
-            ) from None
+            what = ", ".join(".".join(str(step) for step in item["loc"]) for item in err.errors(include_input=False))
+        except MooringError as err:  # a value type of ours that refused its value
+            what = err.message
+        raise InternalError(
+            f"The {self.service} at {self._where} answered in an unknown shape ({what or 'not JSON'}).",
+            hint="Check that both run the same version.",
+        )
 
 
 def error_from_answer(status: int, content: bytes, who: str) -> MooringError:

@@ -44,7 +44,8 @@ def is_uuid(text: str) -> bool:
     return len(digits) == 32 and all(char in "0123456789abcdefABCDEF" for char in digits)
 
 
-def _endpoint(text: str) -> str:
+def parse_endpoint(text: str) -> str:
+    """`scheme://host[:port]` in one spelling, so that two texts are equal if they mean the same place."""
     parts = urlsplit(text)
     try:
         port_ok = parts.port is None or 0 < parts.port < 65536
@@ -66,7 +67,7 @@ def _volume(text: str) -> str:
 
 
 FolderName = Annotated[str, AfterValidator(parse_folder_name)]
-EndpointText = Annotated[str, AfterValidator(_endpoint)]
+EndpointText = Annotated[str, AfterValidator(parse_endpoint)]
 HostText = Annotated[str, AfterValidator(_volume)]
 ScopeText = Annotated[str, AfterValidator(lambda text: str(QuotaScopeID.parse(text)))]
 AgentText = Annotated[str, AfterValidator(lambda text: str(parse_agent_id(text)))]
