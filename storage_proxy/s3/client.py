@@ -35,7 +35,7 @@ from ..core.errors import (
     UploadNotFound,
 )
 from ..core.wire import S3Credential
-from .connection import Connection
+from .connection import Connection, load_ca
 from .endpoint import Endpoint, encode_query
 from .listing import ListParser
 from .objects import DeleteFailure, ListPage, MultipartUpload, ObjectInfo, PartInfo
@@ -230,6 +230,9 @@ class S3Client:
         headers = _object_headers(metadata, content_type)
         if if_none_match:
             headers["If-None-Match"] = "*"
+        if sha256 is not None:
+            # The signed x-amz-content-sha256 says the same, but not every server compares it with the body.
+            headers["x-amz-checksum-sha256"] = base64.b64encode(bytes.fromhex(sha256)).decode()
 
         async def call() -> ObjectInfo:
             response = await self._http.send(
@@ -537,6 +540,8 @@ class S3Client:
     async def _botocore(self) -> Any:
         async with self._boto_lock:
             if self._boto is None:
+                if self.endpoint.ca_file is not None:
+                    load_ca(self.endpoint)  # botocore's own complaint about an unreadable file names no file
                 token = self._credential.session_token
                 client = await self._stack.enter_async_context(
                     _boto_session().create_client(
@@ -546,7 +551,7 @@ class S3Client:
                         aws_access_key_id=self._credential.access_key,
                         aws_secret_access_key=self._credential.secret_key.reveal(),
                         aws_session_token=token.reveal() if token else None,
-                        verify=str(self.endpoint.ca_file) if self.endpoint.ca_file else None,
+                        verify=str(self.endpoint.ca_file) if self.endpoint.ca_file else True,
                         config=AioConfig(
                             signature_version="s3v4",
                             connect_timeout=self.endpoint.connect_timeout,
@@ -585,12 +590,14 @@ class S3Client:
 @lru_cache(maxsize=1)
 def _boto_session() -> AioSession:
     """One for the process: it keeps the parsed service model, which costs 0.4 s, where a client more costs 0.02 s."""
-    session = AioSession()
-    # What the operator's own AWS set-up says has no say here: profiles, default regions, endpoints.
-    for name in ("config_file", "credentials_file"):
-        session.set_config_variable(name, "/dev/null")
-    session.set_config_variable("profile", None)
-    return session
+    # What the operator's own AWS set-up says has no say here: profiles, configuration and credential files.
+    return AioSession(
+        session_vars={
+            "profile": (None, None, None, None),
+            "config_file": (None, None, "/dev/null", None),
+            "credentials_file": (None, None, "/dev/null", None),
+        }
+    )
 
 
 def _add_content_md5(request: Any, **_: object) -> None:

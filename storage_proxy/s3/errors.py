@@ -204,7 +204,9 @@ def translate(err: Exception, *, operation: str, endpoint: str, bucket: str = ""
         text = f"{what}: {endpoint} did not answer in time."
     elif isinstance(err, (boto.EndpointConnectionError, boto.ConnectionError)):
         text = f"{what}: cannot connect to {endpoint}."
-    elif isinstance(err, (aiohttp.ClientError, boto.BotoCoreError, OSError)):
+    elif isinstance(err, boto.BotoCoreError) and not isinstance(err, boto.HTTPClientError):
+        return S3Error(f"{what}: the request or its answer could not be handled ({type(err).__name__}).", detail=detail)
+    elif isinstance(err, (aiohttp.ClientError, boto.HTTPClientError, OSError)):
         text = f"{what}: the connection to {endpoint} broke ({type(err).__name__})."
     else:
         raise err

@@ -51,12 +51,12 @@ def documents(draw: st.DrawFn) -> tuple[bytes, ListPage]:
         return escape(plain)
 
     parts = [
-        "<Contents>"
-        f"<Key>{text(item.key)}</Key><LastModified>{(item.last_modified or datetime.now(UTC)):%Y-%m-%dT%H:%M:%S}.000Z"
-        f"</LastModified><ETag>&quot;{item.etag}&quot;</ETag><Size>{item.size}</Size>"
-        "<Owner><ID>x</ID><DisplayName>Key</DisplayName><Key>not this</Key></Owner><StorageClass>STANDARD</StorageClass>"
-        "</Contents>"
+        f"<Contents><Key>{text(item.key)}</Key><LastModified>{stamp:%Y-%m-%dT%H:%M:%S}.000Z</LastModified>"
+        f"<ETag>&quot;{item.etag}&quot;</ETag><Size>{item.size}</Size>"
+        "<Owner><ID>x</ID><DisplayName>Key</DisplayName><Key>not this</Key></Owner>"
+        "<StorageClass>STANDARD</StorageClass></Contents>"
         for item in objects
+        if (stamp := item.last_modified)
     ] + [f"<CommonPrefixes><Prefix>{text(prefix)}</Prefix></CommonPrefixes>" for prefix in prefixes]
     head = [
         "<Prefix>of the request</Prefix>",
