@@ -4,10 +4,12 @@ from .client import ObjectStream, S3Client
 from .endpoint import Endpoint
 from .objects import DeleteFailure, ListPage, MultipartUpload, ObjectInfo, PartInfo
 from .pool import S3Pool
+from .probe import Capabilities, probe
 from .scoped import ScopedCredential, ScopedIssuer
 from .transfer import Uploaded, download_ranges, plan_part_size, upload_stream
 
 __all__ = [
+    "Capabilities",
     "DeleteFailure",
     "Endpoint",
     "ListPage",
@@ -22,5 +24,6 @@ __all__ = [
     "Uploaded",
     "download_ranges",
     "plan_part_size",
+    "probe",
     "upload_stream",
 ]

@@ -109,7 +109,7 @@ class S3Client:
     def __init__(self, endpoint: Endpoint, credential: S3Credential) -> None:
         self.endpoint = endpoint
         self._credential = credential
-        self._http = Connection(endpoint, credential)
+        self.connection = Connection(endpoint, credential)
         self._stack = AsyncExitStack()
         self._boto: Any = None  # Any: aiobotocore generates its client classes at run time
         self._boto_lock = asyncio.Lock()
@@ -123,7 +123,7 @@ class S3Client:
     async def close(self) -> None:
         self._boto = None
         await self._stack.aclose()
-        await self._http.close()
+        await self.connection.close()
 
     # --- buckets ------------------------------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class S3Client:
         if self.endpoint.region != "us-east-1":
             extra["CreateBucketConfiguration"] = {"LocationConstraint": self.endpoint.region}
         try:
-            await self._control("create_bucket", bucket, Bucket=bucket, **extra)
+            await self.control("create_bucket", bucket, Bucket=bucket, **extra)
         except AlreadyExists as err:
             if err.detail.get("s3_code") == "BucketAlreadyOwnedByYou":
                 return False
@@ -153,7 +153,7 @@ class S3Client:
         return True
 
     async def list_buckets(self) -> list[str]:
-        answer = await self._control("list_buckets")
+        answer = await self.control("list_buckets")
         return [item["Name"] for item in answer.get("Buckets", [])]
 
     # --- objects ------------------------------------------------------------------------------------------------------
@@ -162,23 +162,23 @@ class S3Client:
         """Raises FileNotFound. A refusal is looked into by a GET of one byte, whose answer names the reason."""
 
         async def call() -> ObjectInfo:
-            response = await self._http.send("HEAD", "HEAD", bucket, key)
+            response = await self.connection.send("HEAD", "HEAD", bucket, key)
             async with response:
                 return ObjectInfo.from_headers(key, response.headers, int(response.headers.get("Content-Length", 0)))
 
         async def look() -> None:
-            response = await self._http.send("HEAD", "GET", bucket, key, headers={"Range": "bytes=0-0"})
+            response = await self.connection.send("HEAD", "GET", bucket, key, headers={"Range": "bytes=0-0"})
             response.close()
 
         try:
-            return await self._http.bounded("HEAD", call, bucket=bucket, key=key)
+            return await self.connection.bounded("HEAD", call, bucket=bucket, key=key)
         except S3AccessDenied:
-            await self._http.bounded("HEAD", look, bucket=bucket, key=key)
+            await self.connection.bounded("HEAD", look, bucket=bucket, key=key)
             raise
         except S3Error as err:
             if err.temporary or err.detail.get("s3_code") != "HTTP 400":
                 raise
-            await self._http.bounded("HEAD", look, bucket=bucket, key=key)
+            await self.connection.bounded("HEAD", look, bucket=bucket, key=key)
             raise
 
     async def get(
@@ -198,7 +198,7 @@ class S3Client:
 
         async def call() -> ObjectStream:
             stream = ObjectStream(
-                self._http, await self._http.send("GET", "GET", bucket, key, headers=headers), bucket, key
+                self.connection, await self.connection.send("GET", "GET", bucket, key, headers=headers), bucket, key
             )
             if "Range" in headers and not stream.is_range(start or 0, end):
                 await stream.__aexit__(None, None, None)
@@ -208,7 +208,7 @@ class S3Client:
                 )
             return stream
 
-        return await self._http.bounded("GET", call, bucket=bucket, key=key)
+        return await self.connection.bounded("GET", call, bucket=bucket, key=key)
 
     async def put(
         self,
@@ -235,7 +235,7 @@ class S3Client:
             headers["x-amz-checksum-sha256"] = base64.b64encode(bytes.fromhex(sha256)).decode()
 
         async def call() -> ObjectInfo:
-            response = await self._http.send(
+            response = await self.connection.send(
                 "PUT", "PUT", bucket, key, headers=headers, body=memoryview(body), sha256=sha256
             )
             async with response:
@@ -247,7 +247,7 @@ class S3Client:
                     metadata=dict(metadata or {}),
                 )
 
-        return await self._http.bounded(
+        return await self.connection.bounded(
             "PUT", call, bucket=bucket, key=key, body_size=len(body), attempts=1 if if_none_match else None
         )
 
@@ -255,10 +255,10 @@ class S3Client:
         """Idempotent: a missing object is deleted already."""
 
         async def call() -> None:
-            (await self._http.send("DELETE", "DELETE", bucket, key)).release()
+            (await self.connection.send("DELETE", "DELETE", bucket, key)).release()
 
         try:
-            await self._http.bounded("DELETE", call, bucket=bucket, key=key)
+            await self.connection.bounded("DELETE", call, bucket=bucket, key=key)
         except FileNotFound:
             return
 
@@ -273,7 +273,7 @@ class S3Client:
             # XML 1.0 cannot carry these characters, so such keys go one by one.
             plain = [key for key in batch if not _NOT_XML.search(key)]
             if plain:
-                answer = await self._control(
+                answer = await self.control(
                     "delete_objects",
                     bucket,
                     Bucket=bucket,
@@ -318,7 +318,7 @@ class S3Client:
             extra = {"MetadataDirective": "REPLACE", "Metadata": _checked_metadata(metadata)}
             if source.content_type:
                 extra["ContentType"] = source.content_type
-        answer = await self._control(
+        answer = await self.control(
             "copy_object",
             dst_bucket,
             dst_key,
@@ -347,7 +347,7 @@ class S3Client:
 
         async def part(number: int, start: int, end: int) -> PartInfo:
             async with slots:
-                answer = await self._control(
+                answer = await self.control(
                     "upload_part_copy",
                     dst_bucket,
                     dst_key,
@@ -396,14 +396,14 @@ class S3Client:
             query["continuation-token"] = continuation
 
         async def call() -> ListPage:
-            response = await self._http.send("LIST", "GET", bucket, query=query)
+            response = await self.connection.send("LIST", "GET", bucket, query=query)
             async with response:
                 parser = ListParser()
                 async for chunk in response.content.iter_any():
                     parser.feed(chunk)
                 return parser.finish()
 
-        return await self._http.bounded("LIST", call, bucket=bucket, key=prefix)
+        return await self.connection.bounded("LIST", call, bucket=bucket, key=prefix)
 
     # --- multipart ----------------------------------------------------------------------------------------------------
 
@@ -414,7 +414,7 @@ class S3Client:
         extra: dict[str, Any] = {"Metadata": _checked_metadata(metadata)} if metadata else {}
         if content_type:
             extra["ContentType"] = content_type
-        answer = await self._control("create_multipart_upload", bucket, key, Bucket=bucket, Key=key, **extra)
+        answer = await self.control("create_multipart_upload", bucket, key, Bucket=bucket, Key=key, **extra)
         return str(answer["UploadId"])
 
     async def upload_part(
@@ -425,11 +425,11 @@ class S3Client:
         view = memoryview(body)
 
         async def call() -> PartInfo:
-            response = await self._http.send("UploadPart", "PUT", bucket, key, query=query, body=view)
+            response = await self.connection.send("UploadPart", "PUT", bucket, key, query=query, body=view)
             async with response:
                 return PartInfo(number, response.headers.get("ETag", "").strip('"'), len(view))
 
-        return await self._http.bounded("UploadPart", call, bucket=bucket, key=key, body_size=len(view))
+        return await self.connection.bounded("UploadPart", call, bucket=bucket, key=key, body_size=len(view))
 
     async def complete_multipart(self, bucket: str, key: str, upload_id: str, parts: Sequence[PartInfo]) -> ObjectInfo:
         """Publishes the object. Safe to repeat: it notices when an earlier try has succeeded.
@@ -439,7 +439,7 @@ class S3Client:
         ordered = sorted(parts, key=lambda part: part.number)
         size = sum(part.size for part in ordered)
         try:
-            answer = await self._control(
+            answer = await self.control(
                 "complete_multipart_upload",
                 bucket,
                 key,
@@ -459,7 +459,7 @@ class S3Client:
     async def abort_multipart(self, bucket: str, key: str, upload_id: str) -> None:
         """Frees the parts. Idempotent: an upload that is gone is aborted already."""
         try:
-            await self._control("abort_multipart_upload", bucket, key, Bucket=bucket, Key=key, UploadId=upload_id)
+            await self.control("abort_multipart_upload", bucket, key, Bucket=bucket, Key=key, UploadId=upload_id)
         except UploadNotFound:
             return
 
@@ -468,7 +468,7 @@ class S3Client:
         parts: list[PartInfo] = []
         marker = 0
         while True:
-            answer = await self._control(
+            answer = await self.control(
                 "list_parts", bucket, key, Bucket=bucket, Key=key, UploadId=upload_id, PartNumberMarker=marker
             )
             parts += [
@@ -485,7 +485,7 @@ class S3Client:
         uploads: list[MultipartUpload] = []
         markers: dict[str, str] = {}
         while True:
-            answer = await self._control("list_multipart_uploads", bucket, Bucket=bucket, Prefix=prefix, **markers)
+            answer = await self.control("list_multipart_uploads", bucket, Bucket=bucket, Prefix=prefix, **markers)
             for item in answer.get("Uploads", []):
                 initiated = item.get("Initiated")
                 uploads.append(
@@ -508,22 +508,25 @@ class S3Client:
         query: dict[str, str] = {}
         if filename is not None:
             query["response-content-disposition"] = f"attachment; filename*=UTF-8''{quote(filename, safe='')}"
-        return self._http.signer.presign("GET", self.endpoint.object_url(bucket, key, encode_query(query)), expires)
+        return self.connection.signer.presign(
+            "GET", self.endpoint.object_url(bucket, key, encode_query(query)), expires
+        )
 
     def presign_put(self, bucket: str, key: str, *, expires: int) -> str:
         """A URL that writes the object in one PUT. The server does not limit the size of what is sent."""
-        return self._http.signer.presign("PUT", self.endpoint.object_url(bucket, key), expires)
+        return self.connection.signer.presign("PUT", self.endpoint.object_url(bucket, key), expires)
 
     def presign_part(self, bucket: str, key: str, upload_id: str, number: int, *, expires: int) -> str:
         """A URL that writes one part; the sender keeps the ETag header of the answer for `complete_multipart`."""
         query = encode_query({"partNumber": str(number), "uploadId": upload_id})
-        return self._http.signer.presign("PUT", self.endpoint.object_url(bucket, key, query), expires)
+        return self.connection.signer.presign("PUT", self.endpoint.object_url(bucket, key, query), expires)
 
     # --- operations with XML bodies, through aiobotocore --------------------------------------------------------------
 
-    async def _control(
+    async def control(
         self, operation: str, bucket: str = "", key: str = "", deadline: float | None = None, /, **params: Any
     ) -> dict[str, Any]:  # Any: botocore's parsed answers
+        """Any other operation of botocore's S3 client by its method name, with our deadline, retries and errors."""
         name = "".join(word.capitalize() for word in operation.split("_"))
 
         async def call() -> dict[str, Any]:
@@ -533,9 +536,9 @@ class S3Client:
             except MooringError:
                 raise
             except Exception as err:
-                raise self._http.translated(err, name, bucket, key) from err
+                raise self.connection.translated(err, name, bucket, key) from err
 
-        return await self._http.bounded(name, call, bucket=bucket, key=key, deadline=deadline)
+        return await self.connection.bounded(name, call, bucket=bucket, key=key, deadline=deadline)
 
     async def _botocore(self) -> Any:
         async with self._boto_lock:

@@ -94,6 +94,15 @@ class Connection:
         async with await self._exchange(action, "POST", url, signed, _slices(memoryview(form))) as response:
             return await response.content.read()
 
+    async def plain_get(self, url: str) -> tuple[int, bytes]:
+        """Status and the first 64 KiB of a URL as anybody would fetch it: unsigned, for presigned URLs."""
+        try:
+            async with asyncio.timeout(self.endpoint.deadline):
+                async with self._open().get(URL(url, encoded=True), allow_redirects=False) as response:
+                    return response.status, await response.content.read(_ERROR_BODY_LIMIT)
+        except (aiohttp.ClientError, OSError) as err:
+            raise self.translated(err, "GET") from err
+
     async def _exchange(
         self,
         operation: str,
