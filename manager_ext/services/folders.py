@@ -18,6 +18,7 @@ from sqlalchemy import and_, delete, or_, select, update
 from sqlalchemy.exc import IntegrityError as RowRefused
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from storage_proxy.client.http import error_of_code
 from storage_proxy.client.manager import (
     BindFolderRequest,
     CreateFolderRequest,
@@ -388,10 +389,7 @@ class Folders:
             row.volume, row.vfid, [request.path], parents=request.parents, exist_ok=request.exist_ok
         )
         for failed in answer.results.failed:
-            raise Conflict(
-                f"Directory {failed.item!r} was not made: {failed.msg or 'no reason given'}.",
-                hint="Check that it does not exist, and that its parent does.",
-            )
+            raise error_of_code(failed.error_code, failed.msg or f"Directory {failed.item!r} was not made.")
 
     async def delete_files(self, caller: Caller, ref: str, request: DeleteFilesRequest) -> None:
         row, proxy = await self._found(caller, ref, write=True)

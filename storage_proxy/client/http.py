@@ -262,12 +262,18 @@ def error_from_answer(status: int, content: bytes, who: str) -> MooringError:
     body = _problem(content)
     kind = str(body.get("type", "")).removeprefix(PROBLEM_BASE)
     cls = _class_of(str(body.get("error_code", "")), kind, status)
-    message = body.get("msg") or body.get("title")
+    title = body.get("title")
+    message = body.get("msg") or title
     hint = body.get("hint")
     data = body.get("data")
     if not isinstance(message, str):
         message, hint = f"The {who} answered with status {status} and no explanation.", "Look into its log."
-    return cls(message, hint=hint if isinstance(hint, str) else None, detail=data if isinstance(data, dict) else None)
+    return cls(
+        message,
+        hint=hint if isinstance(hint, str) else None,
+        detail=data if isinstance(data, dict) else None,
+        title=title if isinstance(title, str) else None,
+    )
 
 
 def _problem(content: bytes) -> dict[str, Any]:
@@ -276,6 +282,12 @@ def _problem(content: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return body if isinstance(body, dict) else {}
+
+
+def error_of_code(code: str | None, message: str) -> MooringError:
+    """The error of one item of a bulk answer, which has no status of its own; `Conflict` if the code says nothing."""
+    known = [cls for cls in errors.walk() if cls.code == code]
+    return (known[0] if known else errors.Conflict)(message)
 
 
 def _class_of(code: str, kind: str, status: int) -> type[MooringError]:

@@ -147,11 +147,13 @@ class ListAnswer(Wire):
 
     items: list[Entry]
     next_cursor: str | None = None
+    skipped: int = 0  # keys of the bucket on this page that no path can name
 
 
 class ItemResult(Wire):
     msg: str | None = None
     item: str
+    error_code: str | None = None  # additive: which error of the tree
 
 
 class ItemResults(Wire):
