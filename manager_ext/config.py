@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import urlsplit
@@ -20,16 +19,14 @@ from storage_proxy.core.secrets import Secret
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def parse_duration(value: object) -> object:
-    """`90`, `"90s"`, `"5m"`, `"1h"`, `"7d"` as a timedelta."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return timedelta(seconds=value)
+def parse_seconds(value: object) -> object:
+    """`"90"`, `"90s"`, `"5m"`, `"1h"`, `"7d"` as seconds; other types are left to the model."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", value.lower())
     if not match:
         raise ValueError("write seconds, or a number with s, m, h or d as in 5m")
-    return timedelta(seconds=float(match[1]) * _UNITS[match[2] or "s"])
+    return float(match[1]) * _UNITS[match[2] or "s"]
 
 
 def _url(url: str) -> str:
@@ -71,13 +68,29 @@ class ManagerSection(ConfigModel):
 class ApiSection(ConfigModel):
     """The REST API."""
 
-    host: str = Field(default="127.0.0.1", description="Address to listen on. The API itself speaks plain HTTP.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=6024, ge=1, le=65535, description="Port to listen on.")
     secret_file: Path | None = Field(
         default=None,
         description="0600 file with the secret that signs API tokens (32 bytes or more); made at first start."
         "\nDefault: api.secret in the state directory.",
+        examples=["/etc/mooring/manager-tokens.secret"],
     )
+    tls_cert: Path | None = Field(
+        default=None,
+        description="PEM certificate chain; with it the API speaks HTTPS. Without it keep host on this machine,"
+        "\nor put a server that speaks HTTPS before it.",
+        examples=["/etc/mooring/tls/manager.pem"],
+    )
+    tls_key: Path | None = Field(
+        default=None, description="PEM private key of tls-cert, mode 0600.", examples=["/etc/mooring/tls/manager.key"]
+    )
+
+    @model_validator(mode="after")
+    def _tls_pair(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls-cert and tls-key go together")
+        return self
 
 
 class DatabaseSection(ConfigModel):
@@ -93,6 +106,7 @@ class DatabaseSection(ConfigModel):
         default=None,
         description="0600 JSON file with the keys that encrypt stored credentials; made at first start. Back it up."
         "\nDefault: keys.json in the state directory.",
+        examples=["/etc/mooring/manager-keys.json"],
     )
 
 
@@ -125,12 +139,13 @@ class GrantsSection(ConfigModel):
         default=None,
         description="0600 PEM file with the Ed25519 key that signs grants; made at first start. Its public half is"
         " written beside it\nas NAME.pub, for the agents. Default: grant.pem in the state directory.",
+        examples=["/etc/mooring/grant.pem"],
     )
-    lifetime: Annotated[timedelta, BeforeValidator(parse_duration)] = Field(
-        default=timedelta(minutes=5),
-        ge=timedelta(seconds=10),
-        le=timedelta(hours=1),
-        description="How long a grant is good, as in 5m (at most 1h). The agent must attach within this time.",
+    lifetime: Annotated[float, BeforeValidator(parse_seconds)] = Field(
+        default=300,
+        ge=10,
+        le=3600,
+        description="How long a grant is good: seconds, or text as in 5m (at most 1h). The agent attaches within it.",
     )
 
 

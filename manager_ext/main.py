@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from datetime import timedelta
 from pathlib import Path
 
 from storage_proxy.client.proxy import ProxyClient
 from storage_proxy.core import logs
 from storage_proxy.core.errors import ConfigError
-from storage_proxy.core.secrets import read_or_create, read_secret
+from storage_proxy.core.secrets import check_private, read_or_create, read_secret
 from storage_proxy.core.tokens import SigningKey, TokenSigner
 from storage_proxy.db import Database, upgrade
 from storage_proxy.web import HealthCheck, Listener, Server
@@ -58,9 +60,23 @@ def build_services(
         agents=agents,
         proxies=proxies,
         signer=grant_signer,
-        grant_lifetime=config.grants.lifetime,
+        grant_lifetime=timedelta(seconds=config.grants.lifetime),
     )
     return Services(folders=folders, credentials=credentials, agents=agents, sessions=sessions)
+
+
+def _tls(config: ManagerConfig) -> ssl.SSLContext | None:
+    cert, key = config.api.tls_cert, config.api.tls_key
+    if cert is None or key is None:
+        return None
+    check_private(key)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(cert, key)
+    except (OSError, ssl.SSLError) as err:
+        raise ConfigError(f"The TLS certificate {cert} or its key cannot be used: {err}.") from None
+    return context
 
 
 def _answers(client: ProxyClient) -> Callable[[], Awaitable[None]]:
@@ -88,7 +104,8 @@ async def serve(config: ManagerConfig) -> None:
             checks.append(HealthCheck("storage-proxy", name, _answers(client), critical=False))
         services = build_services(config, db, Proxies(entries), keys, grant_signer)
         app = build_app(services, auth, checks)
-        server = Server([Listener(app, "manager API", host=config.api.host, port=config.api.port)])
+        listener = Listener(app, "manager API", host=config.api.host, port=config.api.port, tls=_tls(config))
+        server = Server([listener])
         async with asyncio.TaskGroup() as group:
             janitor = group.create_task(run_janitor(services))
             await server.run_until_signal()

@@ -10,7 +10,7 @@ from storage_proxy.core.errors import InvalidIdentifier, UsageError
 from storage_proxy.core.ids import parse_agent_id
 from storage_proxy.core.tokens import Purpose, TokenSigner
 
-from .config import parse_duration
+from .config import parse_seconds
 from .services import Role
 
 MAX_LIFETIME = timedelta(days=366)
@@ -33,10 +33,11 @@ def issue_token(
     except ValueError:
         raise UsageError(f"{role!r} is not a role.", hint="Use user, admin or agent.") from None
     try:
-        span = parse_duration(lifetime)
+        seconds = parse_seconds(lifetime)
     except ValueError as err:
         raise UsageError(f"{lifetime!r} is not a lifetime: {err}.") from None
-    if not isinstance(span, timedelta) or not timedelta(0) < span <= MAX_LIFETIME:
+    span = timedelta(seconds=seconds) if isinstance(seconds, float) else timedelta(0)
+    if not timedelta(0) < span <= MAX_LIFETIME:
         raise UsageError(f"{lifetime!r} is not a lifetime.", hint="At most 366 days; write it as 30m, 1h or 7d.")
     data: dict[str, object] = {"role": kind.value, "projects": [str(_uuid(text)) for text in projects]}
     subject = parse_agent_id(user) if kind is Role.AGENT else str(_uuid(user))

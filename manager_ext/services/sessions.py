@@ -330,7 +330,8 @@ class Sessions:
             if mount.revoke_ref is None:
                 continue
             try:
-                await self._proxies.get(mount.proxy).port.revoke_mount_credential(mount.volume, mount.revoke_ref)
+                with contextlib.suppress(RecordNotFound, VFolderNotFound):  # nothing is left to revoke
+                    await self._proxies.get(mount.proxy).port.revoke_mount_credential(mount.volume, mount.revoke_ref)
             except MooringError as err:
                 problems.append(err)
                 continue

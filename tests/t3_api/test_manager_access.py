@@ -72,6 +72,7 @@ async def stack(tmp_path: Path, proxy: FakeProxy) -> AsyncIterator[Stack]:
         yield running_stack
 
 
+@pytest.mark.semantics(9)
 async def test_the_table_above_has_every_route(stack: Stack) -> None:
     app = build_app(stack.services, TokenAuth(stack.signer))
     served: set[tuple[str, str]] = set()
@@ -126,6 +127,7 @@ def _forged() -> dict[str, str]:
     }
 
 
+@pytest.mark.semantics(9)
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 async def test_every_route_refuses_strangers(stack: Stack, proxy: FakeProxy, method: str, path: str) -> None:
     things = await _things(stack)
@@ -200,6 +202,7 @@ async def test_bodies_that_are_no_json_object_are_refused(stack: Stack, method: 
         assert status == 400, (body, problem)
 
 
+@pytest.mark.semantics(5)
 @pytest.mark.expects_log("does not match the access key")
 async def test_no_answer_holds_a_secret(stack: Stack, proxy: FakeProxy, capfd: pytest.CaptureFixture[str]) -> None:
     """Every route, good and bad, with secrets inside; then every answer, log line and the database are searched."""

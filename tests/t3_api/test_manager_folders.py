@@ -445,6 +445,7 @@ async def test_files_pass_through(stack: Stack, proxy: FakeProxy) -> None:
         assert (await alice.request_download("data", "b")).url == f"{CLIENT_URL}/download"
 
 
+@pytest.mark.semantics(7)
 async def test_read_only_folders_take_no_writes(stack: Stack, proxy: FakeProxy) -> None:
     async with stack.client() as alice:
         await alice.bind_folder("set", "minio", "datasets", read_only=True, access_key=KEY, secret_key=Secret(SECRET))
@@ -472,6 +473,7 @@ async def test_a_folder_in_use_is_not_deleted(stack: Stack, proxy: FakeProxy) ->
         await alice.delete_folder("data")
 
 
+@pytest.mark.semantics(6)
 @pytest.mark.parametrize("path", ["/abs", "../x", "a/../b", "a//b", "a\\b", "a\x00b", "x" * 300, "a/./b"])
 async def test_hostile_paths_are_refused(quick: Stack, proxy: FakeProxy, path: str) -> None:
     async with quick.client() as alice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import sys
@@ -55,7 +56,7 @@ def test_defaults_live_in_the_state_directory(tmp_path: Path) -> None:
     state = tmp_path / "state"
     assert (config.api_secret_file, config.grant_key_file) == (state / "api.secret", state / "grant.pem")
     assert (config.database_url, config.key_file) == (f"sqlite:///{state / 'manager.db'}", state / "keys.json")
-    assert (config.grants.lifetime.total_seconds(), config.api.host) == (300, "127.0.0.1")
+    assert (config.grants.lifetime, config.api.host) == (300, "127.0.0.1")
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,7 @@ def test_defaults_live_in_the_state_directory(tmp_path: Path) -> None:
         ({"manager_url": "storage.example.com"}, "https://HOST"),
         ({"extra": "[grants]\nlifetime = '2h'"}, "grants.lifetime"),
         ({"extra": "[grants]\nlifetime = 'soon'"}, "as in 5m"),
+        ({"extra": "[grants]\nlifetime = true"}, "grants.lifetime"),
         ({"extra": "[grant]\nlifetime = '5m'"}, "grant: unknown key"),
         ({"extra": "[binding]\nallowed-endpoints = ['s3.example.com']"}, "binding"),
         ({"extra": "[proxy.'a b']\nmanager-url='http://127.0.0.1:1'\nclient-url='http://x'\nsecret-file='x'"}, "a b"),
@@ -80,6 +82,17 @@ def test_a_configuration_needs_a_proxy(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(ConfigError, match="proxy"):
         load_config(ManagerConfig, path, environ={})
+
+
+def test_the_sample_loads_with_every_line_in_use(tmp_path: Path) -> None:
+    text = sample(ManagerConfig, title="t").replace("# url =", "url =")
+    lines = [re.sub(r"^# (?=[a-z-]+ = )", "", line) for line in text.splitlines()]
+    path = tmp_path / "m.toml"
+    path.write_text("\n".join(lines))
+    path.chmod(0o600)
+    config = load_config(ManagerConfig, path, environ={})
+    assert config.grants.lifetime == 300
+    assert config.database_url.startswith("postgresql")
 
 
 def test_every_setting_is_described() -> None:
