@@ -10,6 +10,7 @@ import json
 import os
 import random
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,6 +37,8 @@ from .manager import ManagerClient, TransferTicket
 TUS_VERSION = "1.0.0"
 ATTEMPTS = 7  # in a row without progress: 0.2 s doubling, about 12 s, the time in which a killed proxy is back
 FIRST_PAUSE_SECONDS = 0.2
+BUSY_SECONDS = 90.0  # the proxy frees an upload of a killed process after 60 s
+BUSY_PAUSE_SECONDS = 0.3
 PARTS_AT_ONCE = 4
 HASH_CHUNK_BYTES = 1024 * 1024
 
@@ -79,12 +82,20 @@ class Patience:
         parts = urlsplit(url)
         self._what = f"{what} ({parts.scheme}://{parts.netloc.rpartition('@')[2]})"
         self._failures = 0
+        self._busy_since = 0.0
 
     def progressed(self) -> None:
         self._failures = 0
+        self._busy_since = 0.0
 
     async def after(self, reason: str | MooringError) -> None:
         """Raises the error itself, or `ServiceUnavailable`, once it was too often; else pauses."""
+        if isinstance(reason, UploadBusy):
+            self._busy_since = self._busy_since or time.monotonic()
+            if time.monotonic() - self._busy_since > BUSY_SECONDS:
+                raise reason
+            await asyncio.sleep(BUSY_PAUSE_SECONDS)
+            return
         self._failures += 1
         if self._failures >= ATTEMPTS:
             if isinstance(reason, MooringError):
@@ -207,20 +218,29 @@ class FileUpload:
         return await self._channels.exchange("PATCH", url, headers=headers, body=body, moved=self._advance)
 
     async def _ask_offset(self, url: str, patience: Patience, reason: str | MooringError) -> int:
-        """Where the upload stands, by HEAD; the proxy may still be storing what it had received."""
+        """Where the upload stands and that it may go on there: HEAD, then a PATCH without a byte.
+
+        The second because another request, also one that broke off a moment ago, may still hold the upload: finding
+        that out with the rest of a file would send much of it for nothing.
+        """
         while True:
             await patience.after(reason)
             try:
                 answer = await self._channels.exchange("HEAD", url, headers={"Tus-Resumable": TUS_VERSION})
+                if answer.status in (200, 204):
+                    offset = _offset_of(answer)
+                    if offset >= self._size:
+                        return offset
+                    headers = {"Tus-Resumable": TUS_VERSION, "Upload-Offset": str(offset), "Upload-Checksum": "sha256"}
+                    answer = await self._channels.exchange("PATCH", url, headers=headers, body=Body(0))
+                    if answer.status in (200, 204):
+                        return offset
             except Broken as err:
                 reason = err.reason
                 continue
-            if answer.status in (200, 204):
-                return _offset_of(answer)
-            error = error_from_answer(answer.status, answer.content, "storage proxy")
-            if not error.temporary:
-                raise error
-            reason = error
+            reason = error_from_answer(answer.status, answer.content, "storage proxy")
+            if not (reason.temporary or isinstance(reason, (OffsetMismatch, UploadBusy))):
+                raise reason
 
     # --- straight into the object store -------------------------------------------------------------------------------
 
