@@ -11,7 +11,7 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime
 from functools import lru_cache
@@ -68,7 +68,7 @@ class ObjectStream:
         whole = self.content_range[2] if self.content_range else self.content_length
         self.info = ObjectInfo.from_headers(key, response.headers, whole)
 
-    async def chunks(self, size: int = 1024 * 1024) -> AsyncIterator[bytes]:
+    async def chunks(self, size: int = 1024 * 1024) -> AsyncGenerator[bytes, None]:
         """Pieces of at most `size` bytes as they arrive. S3Unavailable when the body stops short or falls silent."""
         content = self._response.content
         got = 0
@@ -577,7 +577,7 @@ class S3Client:
     # Last, because its name hides the built-in `list` from the annotations below it.
     async def list(
         self, bucket: str, prefix: str = "", *, delimiter: str = "", start_after: str = ""
-    ) -> AsyncIterator[ListPage]:
+    ) -> AsyncGenerator[ListPage, None]:
         """All pages, one request each, asked for as they are consumed."""
         continuation: str | None = None
         while True:

@@ -27,9 +27,9 @@ class ListParser:
         self._prefixes: list[str] = []
         self._fields: dict[str, str] = {}
         self._top: dict[str, str] = {}
-        self._text: list[str] | None = None
+        self._text: str | None = None
+        self._wanted: dict[str, str] = {}
         self._depth = 0
-        self._root = ""
         parser = expat.ParserCreate(namespace_separator=" ")
         parser.buffer_text = True
         parser.buffer_size = 65536
@@ -67,32 +67,36 @@ class ListParser:
 
     def _start(self, name: str, _: object) -> None:
         self._depth += 1
-        local = name.rpartition(" ")[2]
         if self._depth == 1:
-            self._root = local
-            if local != "ListBucketResult":
-                raise _broken(f"its root is {local[:40]!r}")
-        self._text = [] if self._depth <= 3 and local in _WANTED else None
+            self._check_root(name)
+        # Nothing that is wanted has children, so while a field is collected no other element begins.
+        self._text = "" if name in self._wanted and self._depth <= 3 else None
+
+    def _check_root(self, name: str) -> None:
+        """One namespace holds for the whole answer; with its prefix the comparisons need no cutting of names."""
+        space, _, local = name.rpartition(" ")
+        if local != "ListBucketResult":
+            raise _broken(f"its root is {local[:40]!r}")
+        self._wanted = {f"{space} {field}".lstrip(): field for field in _WANTED}
 
     def _data(self, text: str) -> None:
         if self._text is not None:
-            self._text.append(text)
+            self._text += text
 
     def _end(self, name: str) -> None:
-        local = name.rpartition(" ")[2]
+        depth = self._depth
+        self._depth = depth - 1
         if self._text is not None:
-            value = "".join(self._text)
-            # Depth 2: fields of the result itself (its Prefix is the request's). Depth 3: fields of Contents,
+            # Depth 2: fields of the result itself (its Prefix is the request's). Depth 3: fields of Contents and
             # CommonPrefixes.
-            (self._top if self._depth == 2 else self._fields)[local] = value
+            (self._top if depth == 2 else self._fields)[self._wanted[name]] = self._text
             self._text = None
-        elif self._depth == 2:
-            if local == "Contents":
+        elif depth == 2:
+            if name.endswith("Contents"):
                 self._object()
-            elif local == "CommonPrefixes":
+            elif name.endswith("CommonPrefixes"):
                 self._prefixes.append(self._fields.get("Prefix", ""))
             self._fields = {}
-        self._depth -= 1
 
     def _object(self) -> None:
         fields = self._fields

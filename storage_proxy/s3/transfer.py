@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -253,7 +253,7 @@ async def download_ranges(
     part_size: int = DEFAULT_PART,
     concurrency: int = 4,
     if_match: str | None = None,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The `length` bytes from `start`, in order, fetched as ranges of `part_size`, `concurrency` at a time.
 
     All ranges are of one version: that of ETag `if_match`, or of the object as it is now. S3PreconditionFailed if it is

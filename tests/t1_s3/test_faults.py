@@ -90,7 +90,7 @@ async def test_a_busy_server_is_asked_again(shaky: S3Client, bucket: str, faults
     else:
         result = await CALLS[name](shaky, bucket)
         if hasattr(result, "__aexit__"):
-            await result.__aexit__(None, None, None)  # type: ignore[attr-defined]
+            await result.__aexit__(None, None, None)
     assert busy.hits == 2
 
 
@@ -119,7 +119,7 @@ async def test_a_reset_connection_is_tried_again(shaky: S3Client, bucket: str, f
     else:
         result = await CALLS[name](shaky, bucket)
         if hasattr(result, "__aexit__"):
-            await result.__aexit__(None, None, None)  # type: ignore[attr-defined]
+            await result.__aexit__(None, None, None)
     assert reset.hits == 1
 
 

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import pytest_asyncio
@@ -18,7 +19,6 @@ from storage_proxy.core.errors import S3AccessDenied, S3BadCredential, Unsupport
 from storage_proxy.core.ids import AccessMode, BucketRef
 from storage_proxy.core.wire import S3Credential
 from storage_proxy.s3 import S3Client, ScopedIssuer
-from storage_proxy.s3.scoped import Method
 
 from ..conftest import S3Server
 
@@ -35,7 +35,7 @@ async def issuer(s3_server: S3Server) -> AsyncIterator[ScopedIssuer]:
 @pytest.mark.parametrize("method", ["iam", "sts"])
 @pytest.mark.parametrize("mode", [RO, RW])
 async def test_a_credential_reaches_its_prefix_and_nothing_else(
-    s3_server: S3Server, s3: S3Client, bucket: str, method: Method, mode: AccessMode
+    s3_server: S3Server, s3: S3Client, bucket: str, method: Literal["iam", "sts"], mode: AccessMode
 ) -> None:
     for key in ("team1/a", "team10/a", "team1", "b"):
         await s3.put(bucket, key, b"x")

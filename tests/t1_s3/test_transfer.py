@@ -41,9 +41,12 @@ async def stream_of(body: bytes, piece: int = 300_007) -> AsyncIterator[bytes]:
         yield body[start : start + piece]
 
 
-async def read_back(client: S3Client, bucket: str, key: str, **options: int) -> bytes:
+async def read_back(
+    client: S3Client, bucket: str, key: str, *, part_size: int = 8 * MIB, concurrency: int = 4
+) -> bytes:
     size = (await client.head(bucket, key)).size
-    return b"".join([chunk async for chunk in download_ranges(client, bucket, key, length=size, **options)])
+    chunks = download_ranges(client, bucket, key, length=size, part_size=part_size, concurrency=concurrency)
+    return b"".join([chunk async for chunk in chunks])
 
 
 @pytest.mark.asyncio
@@ -158,7 +161,7 @@ async def test_other_bytes_than_promised(s3: S3Client, bucket: str, size: int) -
     wrong = hashlib.sha256(b"other").hexdigest()
     for arguments in ({"size": size, "expect_sha256": wrong}, {"size": size + 1}, {"size": size - 1}):
         with pytest.raises(IntegrityError):
-            await upload_stream(s3, bucket, "key", stream_of(body), part_size=PART, **arguments)  # type: ignore[arg-type]
+            await upload_stream(s3, bucket, "key", stream_of(body), part_size=PART, **arguments)
     assert (await s3.list_page(bucket)).objects == []
     assert await s3.list_multipart_uploads(bucket) == []
     with pytest.raises(IntegrityError):  # and the server checks a hash it is given
