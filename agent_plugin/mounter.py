@@ -111,12 +111,16 @@ class Mounter:
         except OSError as err:
             raise MountError(f"A mount could not be put into the pool: {err.strerror}.", hint="Try again.") from None
 
-    async def healthy(self, record: MountRecord) -> bool:
-        """True if the pooled mount is the recorded one and answers."""
+    async def usable(self, record: MountRecord) -> bool:
+        """True if the pooled mount is the recorded one and does not say that it is dead.
+
+        One that only takes long to answer counts as usable: a busy machine is no reason to end somebody's session.
+        """
         top = top_at(self._layout.pooled(record.key))
         if top is None or not top.is_fuse or top.device != record.device:
             return False
-        return (await self._prober.stat(self._layout.pooled(record.key), KERNEL_SECONDS)).healthy
+        answer = await self._prober.stat(self._layout.pooled(record.key), KERNEL_SECONDS)
+        return answer.healthy or answer.number is None
 
     async def remove(self, record: MountRecord, process: MountProcess | None) -> None:
         """Takes everything of a key away: mounts, process, credential, temporary files. Idempotent.

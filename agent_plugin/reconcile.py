@@ -116,7 +116,7 @@ class Reconciler:
         if record.state not in (MountState.LIVE, MountState.DRAINING) or record.process is None:
             return None
         process = MountProcess.adopt(record.process, self._layout.log(record.token))
-        if process is None or await mounter.healthy(record):
+        if process is None or await mounter.usable(record):
             return process
         process.let_go()
         return None

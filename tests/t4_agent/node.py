@@ -237,7 +237,11 @@ class AgentProcess:
                 return False
             return True
 
-        await until_async(answers, "the agent answers", 30.0)
+        try:
+            await until_async(answers, "the agent answers", 30.0)
+        except BaseException:
+            await client.close()
+            raise
         return client
 
     async def kill(self) -> None:

@@ -177,7 +177,7 @@ async def test_credential_limited_to_the_folder(node: Node, folder: str, s3_serv
                 place = Path(spec.source)
                 (place / "new.txt").write_text("scoped")
                 assert sorted(path.name for path in place.iterdir()) == ["hello.txt", "new.txt"]
-                with pytest.raises(MooringError, match="access denied|may list"):
+                with pytest.raises(MooringError, match=r"access denied|may list"):
                     await agent.attach(
                         node.grant(node.request(folder, "other", credential=made.credential, credential_id="scoped"))
                     )
@@ -193,7 +193,7 @@ async def test_an_expired_grant_credential(node: Node, folder: str) -> None:
     await fails(node, TokenExpired, "expired", folder, credential=old)
 
 
-# --- the host -----------------------------------------------------------------------------------------------------------
+# --- the host ---------------------------------------------------------------------------------------------------------
 
 
 async def test_no_fuse_device(tmp_path: Path) -> None:

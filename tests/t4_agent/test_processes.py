@@ -60,12 +60,12 @@ async def test_a_process_is_taken_over_and_another_one_is_not(tmp_path: Path) ->
 
 
 async def test_it_lives_in_a_session_of_its_own_without_our_descriptors(tmp_path: Path) -> None:
-    secret = (tmp_path / "open").open("w")
+    held = (tmp_path / "open").open("w")
     process = MountProcess.start(program("import time; time.sleep(60)"), tmp_path / "log")
     assert os.getsid(process.pid) == process.pid
-    names = {os.readlink(item) for item in Path(f"/proc/{process.pid}/fd").iterdir()}
+    names = {str(item.readlink()) for item in Path(f"/proc/{process.pid}/fd").iterdir()}
     assert str(tmp_path / "open") not in names
-    secret.close()
+    held.close()
     assert await process.stop(patience=0.0)
 
 
