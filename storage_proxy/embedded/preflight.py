@@ -8,17 +8,17 @@ import shutil
 import stat
 from pathlib import Path
 
-from ..core.errors import DriverMissing, MountError, MountNotPermitted
+from ..core.errors import DriverMissing, MountError, MountNotPermitted, ServiceUnavailable
 from ..core.wire import S3Credential
-from ..db import Database
 from ..s3 import Endpoint, S3Client
 from .process import child_environment
 
 FUSE_DEVICE = Path("/dev/fuse")
 FUSE_NUMBER = (10, 229)  # Documentation/admin-guide/devices.txt
 S3_ATTEMPTS = 2
-S3_DEADLINE_SECONDS = 8.0
+S3_DEADLINE_SECONDS = 6.0
 TRIAL_DEADLINE_SECONDS = 5.0
+DATABASE_DEADLINE_SECONDS = 5.0
 PROBE_KEY = ".mooring/preflight"
 
 
@@ -105,8 +105,15 @@ async def check_s3(endpoint: Endpoint, credential: S3Credential, bucket: str) ->
 
 async def check_database(url: str) -> None:
     """Raises `ServiceUnavailable` when the database does not answer, `ConfigError` for a URL that is none."""
+    from ..db import Database  # SQLAlchemy takes a third of a second, and most stacks use SQLite
+
     database = Database(url)
     try:
-        await database.check()
+        async with asyncio.timeout(DATABASE_DEADLINE_SECONDS):
+            await database.check()
+    except TimeoutError:
+        raise ServiceUnavailable(
+            f"The database did not answer within {DATABASE_DEADLINE_SECONDS:g} s.", hint="Check --database-url."
+        ) from None
     finally:
         await database.close()

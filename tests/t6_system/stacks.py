@@ -53,11 +53,11 @@ class Up:
         env: dict[str, str] | None = None,
         before: Sequence[str] = (),
         program: Sequence[str] = (sys.executable, "-m", "storage_proxy"),
+        scratch: Path | None = None,
     ) -> None:
         self.state = StateDirectory.locate(state)
         self.base = base or free_base()
-        scratch = state.parent
-        scratch.mkdir(parents=True, exist_ok=True)
+        scratch = scratch or state.parent
         self._out, self._err = scratch / f"{state.name}.out", scratch / f"{state.name}.err"
         self.began = time.monotonic()
         argv = [*before, *program, "up", "--state", str(state), "--port-base", str(self.base), *args]

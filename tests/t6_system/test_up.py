@@ -19,6 +19,7 @@ from storage_proxy.embedded.process import start_time
 from storage_proxy.embedded.residue import mounts_below
 from storage_proxy.s3 import Endpoint, S3Client
 
+from .secret_watch import SecretWatch
 from .stacks import SMALL, Up, until
 
 pytestmark = [
@@ -37,8 +38,15 @@ def check_result(result: dict[str, object]) -> None:
 
 
 def test_once_does_the_whole_job_and_leaves_nothing(tmp_path: Path) -> None:
+    """And while it runs, no secret is in `ps`, an environment, a log, Redis or an answer of an API."""
     with Up(tmp_path / "s", "--once", "--json") as up:
-        result = up.result()
+        with SecretWatch(up.state) as watch:
+            result = up.result()
+        watch.look_at(up.out + up.err, "output")
+        assert watch.found == set()
+        assert all(watch.looks.values()), watch.looks
+        assert {"s3-secret-key", "redis-password", "grant-key.pem", "endpoints.json"} <= set(watch.secrets.values())
+        assert sum(name.startswith("mount credential") for name in watch.secrets.values()) >= 2
         check_result(result)
         assert int(result["bytes"]) > 200_000_000
         assert result["runtime"] in ("podman", "mount namespace")
