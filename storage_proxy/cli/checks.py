@@ -15,12 +15,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import MooringError, ServiceUnavailable
+from ..core.errors import MooringError, ServiceUnavailable, Unsupported
 
 if TYPE_CHECKING:
     from ..core.wire import S3Credential
     from ..embedded.endpoints import Endpoints
     from ..s3 import Endpoint
+    from ..s3.probe import Capabilities
 
 CHECK_SECONDS = 15.0
 PROGRAM_SECONDS = 5.0
@@ -255,28 +256,33 @@ async def object_store(endpoint: Endpoint, credential: S3Credential, bucket: str
         yield finding
 
 
-def describe_capabilities(found: object) -> list[Finding]:
-    """The result of `s3.probe`, field by field: its booleans are capabilities."""
+def describe_capabilities(found: Capabilities) -> list[Finding]:
+    """Clock, the core profile that a volume needs, and the extras."""
     from dataclasses import fields
 
+    from ..s3.probe import CORE
+
     findings = []
-    skew = getattr(found, "clock_skew", None)
-    if skew is not None:
-        seconds = abs(float(skew))
-        if seconds > WARN_SKEW_SECONDS:
-            remedy = f"Set the clock (NTP): from {MAX_SKEW_SECONDS // 60} minutes on every request is refused."
-            findings.append(warning("clock", f"differs by {seconds:.0f} s from the object store's", remedy))
-        else:
-            findings.append(ok("clock", f"within {seconds:.0f} s of the object store's"))
-    have: list[str] = []
-    lack: list[str] = []
-    for item in fields(found):  # type: ignore[arg-type]  # a dataclass of the s3 room
-        value = getattr(found, item.name)
-        if isinstance(value, bool):
-            (have if value else lack).append(item.name.replace("_", "-"))
-    findings.append(ok("capabilities", ", ".join(have) or "none"))
+    seconds = abs(found.clock_skew)
+    if seconds > WARN_SKEW_SECONDS:
+        remedy = f"Set the clock (NTP): from {MAX_SKEW_SECONDS // 60} minutes on every request is refused."
+        findings.append(warning("clock", f"differs by {seconds:.0f} s from the object store's", remedy))
+    else:
+        findings.append(ok("clock", f"within {max(1, round(seconds))} s of the object store's"))
+    if found.missing_core:
+        reasons = "; ".join(f"{name}: {found.notes.get(name, 'does not work')}" for name in found.missing_core)
+        err = Unsupported(f"The object store lacks what a volume needs: {reasons}", hint="Use another server.")
+        findings.append(failure("core profile", err))
+    else:
+        findings.append(ok("core profile", ", ".join(CORE).replace("_", "-")))
+    extras = [item.name for item in fields(found) if item.type == "bool" and item.name not in CORE]
+    have = [name.replace("_", "-") for name in extras if getattr(found, name)]
+    lack = [name.replace("_", "-") for name in extras if not getattr(found, name)]
+    findings.append(ok("extras", ", ".join(have) or "none"))
     if lack:
-        findings.append(ok("not offered", f"{', '.join(lack)} (each has a fallback)"))
+        findings.append(ok("not offered", f"{', '.join(lack)} (done without)"))
+    if left := found.notes.get("clean"):
+        findings.append(warning("probe", left, "Remove it by hand."))
     return findings
 
 
