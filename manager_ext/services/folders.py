@@ -32,6 +32,7 @@ from storage_proxy.client.manager import (
     PageQuery,
     TransferTicket,
     UploadRequest,
+    parse_endpoint,
 )
 from storage_proxy.client.proxy import LONG_SECONDS, BindingOptions, ListAnswer, UsageAnswer
 from storage_proxy.core.errors import (
@@ -147,7 +148,7 @@ class Folders:
         if endpoint is None or caller.is_admin or endpoint in self._allowed_endpoints:
             return
         infos = [info for info in await proxy.port.volumes() if info.name == volume]
-        if not any(info.endpoint and info.endpoint.rstrip("/") == endpoint for info in infos):
+        if not any(info.endpoint and parse_endpoint(info.endpoint) == endpoint for info in infos):
             raise Forbidden(
                 f"The endpoint {endpoint} is not allowed here.",
                 hint="Leave it out for the volume's own, or ask an operator to add it to [binding] allowed-endpoints.",
