@@ -89,7 +89,9 @@ class FakeProxy:
 
     async def volumes(self) -> list[VolumeInfo]:
         await self._enter("volumes")
-        return [VolumeInfo(name=self.volume, backend="minio", path="/", capabilities=["vfolder"], endpoint=f"{ENDPOINT}/")]
+        return [
+            VolumeInfo(name=self.volume, backend="minio", path="/", capabilities=["vfolder"], endpoint=f"{ENDPOINT}/")
+        ]
 
     async def create_folder(self, volume: str, vfid: str, *, binding: BindingOptions | None = None) -> None:
         await self._enter("create_folder", volume)
