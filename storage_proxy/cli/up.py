@@ -198,6 +198,8 @@ def _text_report(run: Run) -> Report:
         _show_stack(what)
         for sentence in what.warnings:
             warn(sentence)
+        if not run.once and not run.with_job:
+            say("Running until Ctrl-C.")
 
     def job(result: JobResult) -> None:
         if not run.once:

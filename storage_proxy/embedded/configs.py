@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
@@ -177,6 +178,7 @@ def _agent(state: StateDirectory, ports: PortPlan, parts: StackParts, token_file
             "runtime-dir": str(state.agent_runtime_dir),
             "grace-period": GRACE_SECONDS,
             "stop-mounts-on-exit": True,
+            "allowed-uids": [os.geteuid()],
         },
         "grants": {"public-key-files": [str(state.secrets_dir / "grant-key.pub")]},
         "manager": {"url": f"http://{HOST}:{ports.manager}", "token-file": str(token_file)},

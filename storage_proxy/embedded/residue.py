@@ -25,7 +25,7 @@ log = get_logger(__name__)
 
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
-# What a stack starts, besides our own daemons (`... serve --config STATE/config/...`).
+# What a stack starts, besides our own daemons.
 _PROGRAMS = frozenset({"weed", "redis-server", "s3fs", "podman", "conmon", "runc", "crun", "unshare"})
 _POLL_SECONDS = 0.05
 
@@ -92,13 +92,18 @@ def processes_naming(*paths: Path) -> dict[int, str]:
         except OSError:
             continue
         program = os.fsdecode(words[0].split(b" ")[0].rpartition(b"/")[2])
-        if program not in _PROGRAMS and not (b"serve" in words and b"--config" in words):
+        if program not in _PROGRAMS and not _is_ours(words):
             continue
         with contextlib.suppress(OSError):  # Redis overwrites its command line, but works in its folder
             words.append(os.fsencode(Path(f"/proc/{entry}/cwd").readlink()))
         if any(_names(word, needle) for word in words for needle in needles) and start_time(int(entry)) is not None:
             found[int(entry)] = program
     return found
+
+
+def _is_ours(words: list[bytes]) -> bool:
+    """A daemon of ours, or a session without a container runtime."""
+    return (b"serve" in words and b"--config" in words) or any(word.endswith(b"/embedded/enter.py") for word in words)
 
 
 def _names(word: bytes, needle: bytes) -> bool:

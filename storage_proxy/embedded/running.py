@@ -162,6 +162,8 @@ class Run:
             log.error(str(err), detail=err.detail)
             self.report.job_failed(err)
             return
+        finally:
+            await stack.reclaim_space()
         self.timings.update(self.result.timings)
         if no_mounts is not None:
             self.exit_code = no_mounts.exit_code

@@ -9,6 +9,7 @@ part that ends is started again with back-off; one that keeps ending takes the s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 import aiohttp
 
 from ..client.agent import AgentClient
-from ..core.errors import ServiceUnavailable
+from ..core.errors import MooringError, ServiceUnavailable
 from ..core.logs import get_logger
 from ..core.secrets import Secret
 from ..core.wire import S3Credential
@@ -42,6 +43,8 @@ log = get_logger(__name__)
 BUCKET = "mooring"
 DATASETS_BUCKET = "datasets"
 HEALTH_DEADLINE_SECONDS = 6.0
+RECLAIM_DEADLINE_SECONDS = 10.0
+SESSIONS_END_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +189,9 @@ class Stack:
         argv = [sys.executable, "-m", "storage_proxy", name, "serve", "--config", str(config)]
         # A traceback belongs into the daemon's own log.
         env = child_environment({"MOORING_DEBUG": "1"})
-        spec = ProcessSpec(name=name, argv=argv, env=env, log_file=self.state.log_file(name), ready=ready)
+        spec = ProcessSpec(
+            name=name, argv=argv, env=env, log_file=self.state.log_file(name), ready=ready, start_deadline=30.0
+        )
         return ManagedProcess(spec, registry)
 
     def _weed(self) -> WeedServer:
@@ -276,6 +281,18 @@ class Stack:
             rows.append(Part("redis", "given by --redis-url", None, None))
         return rows
 
+    async def reclaim_space(self) -> None:
+        """Has the embedded S3 server give deleted bytes back to the disk now, not at its next round. Best effort."""
+        if self.options.s3 is not None:
+            return
+        url = f"http://{HOST}:{self.ports.weed_master}/vol/vacuum?garbageThreshold=0.2"
+        timeout = aiohttp.ClientTimeout(total=RECLAIM_DEADLINE_SECONDS)
+        try:
+            async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as answer:
+                await answer.read()
+        except (aiohttp.ClientError, TimeoutError) as err:
+            log.info("the S3 server did not reclaim space", error=type(err).__name__)
+
     async def supervise(self) -> None:
         """Runs until cancelled. Raises `ServiceUnavailable` when a part cannot be kept running."""
         async with asyncio.TaskGroup() as group:
@@ -289,6 +306,10 @@ class Stack:
     async def _stop(self, say: Callable[[str], None]) -> None:
         begin = time.monotonic()
         self.state.endpoints_file.unlink(missing_ok=True)
+        if self._processes:
+            # Sessions end with the stack. Containers are nobody's children, so they are asked for by name.
+            await SessionRunner(self.state).remove_leftovers()
+            await self._sessions_ended()
         for process in reversed(self._processes):
             say(f"stopping {process.name}")
             part = time.monotonic()
@@ -300,6 +321,16 @@ class Stack:
         self.state.clear_temporary()
         self._running = None
         self.timings["stop"] = round(time.monotonic() - begin, 2)
+
+    async def _sessions_ended(self) -> None:
+        """Lets the programs whose sessions were ended just now detach and revoke, while that is still possible."""
+        if not any(process.name == "agent" and process.pid for process in self._processes):
+            return
+        end = time.monotonic() + SESSIONS_END_SECONDS
+        with contextlib.suppress(MooringError):
+            async with AgentClient(self.state.agent_runtime_dir / "agent.sock", timeout=2.0) as agent:
+                while await agent.attachments() and time.monotonic() < end:
+                    await asyncio.sleep(0.1)
 
 
 async def _http_ready(url: str) -> None:
