@@ -24,6 +24,7 @@ import asyncio
 import json
 import re
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -57,6 +58,7 @@ POLICY_NAME = "mooring"
 MIN_STS_SECONDS = 900  # what STS servers accept at least
 READY_SECONDS = 10.0
 _POLL_SECONDS = 0.1
+_RETRY_METHOD_SECONDS = 300.0  # an operator may grant the missing right meanwhile
 _IAM_VERSION = "2010-05-08"
 _STS_VERSION = "2011-06-15"
 
@@ -100,7 +102,7 @@ class ScopedIssuer:
     """Issues from one parent credential. Use as an async context manager, or `close`. Safe to share between tasks.
 
     `methods` is the order of trial. A method that the server does not know, or whose limits it does not enforce
-    (checked by trial once per method and mode), is not tried again.
+    (checked by trial once per method and mode), is left alone for five minutes.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class ScopedIssuer:
         self._bucket_check = bucket_check
         self._role_arn = role_arn
         self._http = Connection(endpoint, credential)
-        self._unusable: dict[str, str] = {}
+        self._unusable: dict[str, tuple[str, float]] = {}  # method -> (why, until when, by the monotonic clock)
         self._verified: set[tuple[str, AccessMode]] = set()
 
     async def __aenter__(self) -> ScopedIssuer:
@@ -153,14 +155,15 @@ class ScopedIssuer:
         for method in self._methods:
             if method == "sts" and lifetime is None:
                 continue
-            if method in self._unusable:
-                reasons.append(f"{method}: {self._unusable[method]}")
+            why, until = self._unusable.get(method, ("", 0.0))
+            if time.monotonic() < until:
+                reasons.append(f"{method}: {why}")
                 continue
             try:
                 scoped = await makers[method]()
             except (Unsupported, S3AccessDenied, NotFound) as err:
-                # Whether the server cannot or will not: this parent will get no other answer.
-                self._unusable[method] = err.message
+                # Whether the server cannot or will not: asking again at once gives no other answer.
+                self._give_up_on(method, err)
                 reasons.append(f"{method}: {err.message}")
                 continue
             except S3Error as err:
@@ -175,6 +178,9 @@ class ScopedIssuer:
             f"{self._endpoint.url} makes no credential limited to {ref} ({'; '.join(reasons) or 'no method applies'}).",
             hint="Give the volume's access key the right to manage users, or allow the volume's own key for mounts.",
         )
+
+    def _give_up_on(self, method: str, err: MooringError) -> None:
+        self._unusable[method] = (err.message, time.monotonic() + _RETRY_METHOD_SECONDS)
 
     async def revoke(self, revoke_ref: str) -> None:
         """Ends a credential at once (within the server's own cache time, 1 s on SeaweedFS). Idempotent."""
@@ -256,7 +262,7 @@ class ScopedIssuer:
                     if ref.prefix:
                         self._verified.add((scoped.method, mode))
         except Unsupported as err:
-            self._unusable[scoped.method] = err.message
+            self._give_up_on(scoped.method, err)
             await self._quietly_revoke(scoped.revoke_ref)
             raise
         except BaseException:

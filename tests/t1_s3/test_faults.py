@@ -238,7 +238,7 @@ async def test_a_server_that_accepts_and_is_silent(s3_server: S3Server, name: st
             err = await _error_of(CALLS[name](client, "bucket"))
             assert isinstance(err, S3Unavailable)
             assert "within 1 s" in err.message
-            assert 0.6 < time.monotonic() - begin < 3
+            assert 0.6 < time.monotonic() - begin < 10
 
 
 @pytest.mark.asyncio

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage_proxy.core.errors import S3Error
@@ -81,6 +81,7 @@ def parse(document: bytes, cuts: list[int]) -> ListPage:
     return parser.finish()
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(documents(), st.lists(st.integers(0, 4000), max_size=12))
 def test_parser_gives_what_was_written_at_any_cut(made: tuple[bytes, ListPage], cuts: list[int]) -> None:
     document, expected = made

@@ -10,7 +10,7 @@ import tracemalloc
 from collections.abc import AsyncIterator
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage_proxy.core.errors import (
@@ -252,6 +252,7 @@ async def test_no_right_to_write(s3_server: S3Server) -> None:
                 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.none() | st.integers(0, MAX_OBJECT), st.integers(1, 512 * MIB))
 def test_part_sizes_are_legal(size: int | None, preferred: int) -> None:
     part = plan_part_size(size, preferred)
