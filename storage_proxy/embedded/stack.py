@@ -329,7 +329,7 @@ class Stack:
         end = time.monotonic() + SESSIONS_END_SECONDS
         with contextlib.suppress(MooringError):
             async with AgentClient(self.state.agent_runtime_dir / "agent.sock", timeout=2.0) as agent:
-                while await agent.attachments() and time.monotonic() < end:
+                while await agent.attachments() and time.monotonic() < end:  # noqa: ASYNC110  # polls another process
                     await asyncio.sleep(0.1)
 
 

@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,28 @@ def test_two_stacks_side_by_side(tmp_path: Path) -> None:
         two.assert_nothing_left()
         events = [json.loads(line)["event"] for line in two.out.splitlines()]
         assert events == ["ready", "stopped"]
+
+
+def test_a_session_ends_with_its_stack(tmp_path: Path) -> None:
+    mooring = [sys.executable, "-m", "storage_proxy"]
+    env = {**os.environ, "MOORING_STATE": str(tmp_path / "s")}
+    with Up(tmp_path / "s", "--no-job") as up:
+        up.ready()
+        subprocess.run([*mooring, "folder", "create", "notes"], env=env, check=True, timeout=60)
+        argv = [*mooring, "session", "run", "--folder", "notes", "--", "sleep", "4712"]
+        with subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as session:
+            until(lambda: any(m.is_fuse for m in mounts_below(up.state.runtime_dir)), 60, "a mount")
+            until(lambda: "4712" in _commands(), 30, "the command runs")
+            assert up.stop() == 0
+            assert session.wait(30) != 0
+        assert "4712" not in _commands()
+        up.assert_nothing_left()
+
+
+def _commands() -> str:
+    """Command lines of everything that runs, but the session's own client and zombies."""
+    lines = subprocess.run(["ps", "-eo", "stat,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return "\n".join(line for line in lines if not line.startswith("Z") and "session run" not in line)
 
 
 async def _mounts(endpoints: Endpoints) -> int:
