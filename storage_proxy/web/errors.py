@@ -81,7 +81,9 @@ async def edge_middleware(request: web.Request, handler: Handler) -> web.StreamR
             response = problem_answer(bug, request_id)
         if not response.prepared:
             response.headers.setdefault(_REQUEST_ID, request_id)
-        status, sent = response.status, response.body_length if response.prepared else 0
+        status = response.status
+        # A plain answer is sent after this; its length is known before.
+        sent = response.body_length if response.prepared else response.content_length or 0
         return response
     except web.HTTPException as redirect:
         status = redirect.status
