@@ -193,13 +193,12 @@ class WeedServer:
         }
 
     def clean(self) -> None:
-        """Removes the unix sockets that a killed server leaves in /tmp (its ports are known to be free)."""
-        ports = self.config.ports
-        names = [f"seaweedfs-{part}-{port}.sock" for part, port in (("s3", ports.s3), ("filer", ports.filer))]
-        for path in (Path("/tmp") / name for name in names):  # noqa: S108 - weed fixes this folder
-            with contextlib.suppress(OSError):
-                if path.is_socket():
-                    path.unlink()
+        """Removes the unix sockets in /tmp, some of which even an orderly stop leaves (its ports are free by now)."""
+        for _, port in self.config.ports.listeners():
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108 - weed fixes this folder
+                with contextlib.suppress(OSError):
+                    if path.is_socket():
+                        path.unlink()
 
     async def ready(self) -> None:
         """Returns when a real PUT has succeeded, which is later than an open port. Raises S3Error until then.

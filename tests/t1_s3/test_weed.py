@@ -91,8 +91,8 @@ async def test_life_and_sudden_death(tmp_path: Path) -> None:
         await again.stop()
         await again.stop()
     assert secret not in settings.log_file.read_text()
-    assert not list(Path("/tmp").glob(f"seaweedfs-*-{settings.ports.s3}.sock"))
-    assert not list(Path("/tmp").glob(f"seaweedfs-*-{settings.ports.filer}.sock"))
+    for _, port in settings.ports.listeners():
+        assert not list(Path("/tmp").glob(f"seaweedfs-*-{port}.sock"))
 
 
 @pytest.mark.asyncio
