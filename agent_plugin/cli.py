@@ -125,7 +125,7 @@ async def collect(
 
 async def mount(
     place: Annotated[str, typer.Argument(metavar="s3://BUCKET[/PREFIX]", help="What to mount.")],
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An empty directory.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="An empty directory.")],
     endpoint: Annotated[str, typer.Option("--endpoint", envvar="AWS_ENDPOINT_URL", help="URL of the S3 server.")],
     driver: Annotated[str, typer.Option("--driver", help="Mount driver.")] = "s3fs",
     read_only: Annotated[bool, typer.Option("--read-only", "-r", help="Refuse writes.")] = False,
@@ -172,18 +172,19 @@ async def mount(
 
     harden_process()
     plan = foreground.make_plan(location, mode, owner, driver)
-    await foreground.run(foreground.ForegroundMount(plan, directory, credential, ca_file), announce)
+    await foreground.run(foreground.ForegroundMount(plan, Path(directory), credential, ca_file), announce)
 
 
 async def umount(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where something is mounted.")],
+    # Text, not a path: typer would stat it, and a stat of a dead or frozen mount fails or hangs.
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where something is mounted.")],
     lazy: Annotated[bool, typer.Option("--lazy", "-l", help="Also when programs still use it.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Unmount a directory, also one whose mount process is dead or hangs."""
     from . import foreground
 
-    count = await foreground.unmount_directory(directory, lazy=lazy)
+    count = await foreground.unmount_directory(Path(directory), lazy=lazy)
     _print(json.dumps({"unmounted": count}) if as_json else f"unmounted {directory}")
 
 

@@ -31,7 +31,7 @@ runtime = "runc"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 [network]
-network_backend = "netavark"
+network_backend = "cni"
 """
 
 
@@ -130,6 +130,10 @@ async def test_two_folders_in_one_container(node: Node, folder: str, podman: Pod
 async def test_a_container_with_a_user_namespace(node: Node, folder: str, podman: Podman) -> None:
     from storage_proxy.core.wire import Ownership
 
+    for place in (node.place, node.place / "podman"):
+        place.chmod(0o711)  # its root file system and storage are looked up as the mapped root
+    for path in (podman.rootfs, *podman.rootfs.rglob("*")):
+        os.chown(path, 100000, 100000, follow_symlinks=False)
     async with node.agent() as agent:
         request = node.request(folder, "data", ownership=Ownership(uid=101000, gid=101000))
         spec = await agent.attach(node.grant(request))
