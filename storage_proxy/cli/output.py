@@ -58,6 +58,7 @@ class CommandLine:
 
     def run(self, build: Callable[[], typer.Typer]) -> int:
         """Builds the application, runs one command, returns the exit code. Nothing escapes but SystemExit."""
+        stdout = sys.stdout
         try:
             try:
                 app = build()
@@ -72,6 +73,11 @@ class CommandLine:
                 return EXIT_TERMINATED
             except typer.Exit as err:
                 return err.exit_code
+            except SystemExit as err:
+                if sys.stdout is not stdout:  # typer's own way to end when the reader of our output went away
+                    sys.stdout = stdout
+                    return _close_pipe()
+                return err.code if isinstance(err.code, int) else 1
             except typer.Abort:
                 sys.stderr.write("Aborted.\n")
                 return 1
