@@ -69,7 +69,7 @@ class ProxySection(ConfigModel):
         default=int(ByteSize.parse("100g")), description="The biggest file a client may upload, as in 100g."
     )
     upload_memory: Size = Field(
-        default=int(ByteSize.parse("40m")),
+        default=int(ByteSize.parse("24m")),
         ge=16 * 1024 * 1024,
         description="Bytes that all running uploads together may hold in memory.",
     )

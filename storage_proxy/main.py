@@ -9,8 +9,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
-import redis.asyncio
-import redis.exceptions
 
 from .api.client import client_app
 from .api.internal import internal_app
@@ -138,6 +136,9 @@ def _tls(section: ManagerApiSection | ClientApiSection) -> ssl.SSLContext | None
 
 
 async def _redis_check(section: RedisSection, stack: AsyncExitStack) -> Callable[[], Awaitable[None]]:
+    import redis.asyncio  # only when it is configured: it costs 6 MiB
+    import redis.exceptions
+
     try:
         client = redis.asyncio.Redis.from_url(section.url.reveal(), socket_connect_timeout=3, socket_timeout=3)
     except ValueError:
