@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import MooringError, ServiceUnavailable, Unsupported
+from ..core.errors import DriverMissing, MooringError, MountError, ServiceUnavailable, Unsupported
 
 if TYPE_CHECKING:
     from ..core.wire import S3Credential
@@ -97,7 +97,7 @@ async def fuse() -> list[Finding]:
             warning("fusermount", "neither fusermount3 nor fusermount is installed", "Run: apt-get install fuse3")
         )
     else:
-        err = MooringError("Only root can mount without fusermount3.", hint="Run: apt-get install fuse3")
+        err = DriverMissing("Only root can mount without fusermount3.", hint="Run: apt-get install fuse3")
         found.append(failure("fusermount", err))
     return found
 
@@ -105,8 +105,6 @@ async def fuse() -> list[Finding]:
 async def s3fs() -> list[Finding]:
     path = shutil.which("s3fs")
     if path is None:
-        from ..core.errors import DriverMissing
-
         raise DriverMissing("The mount driver s3fs is not installed.", hint="Run: apt-get install s3fs")
     words = (await _output("s3fs", "--version")).split("\n", 1)[0]
     numbers = "".join(char if char.isdigit() or char == "." else " " for char in words.rpartition("V")[2]).split()
@@ -162,9 +160,9 @@ async def mounts(known: dict[str, list[str]] | None = None) -> list[Finding]:
         if servers is None:
             found.append(warning("mounts", f"{paths[0]}: unknown whether it is served", "Run doctor as root."))
         elif minor not in servers:
-            err = MooringError(
+            err = MountError(
                 f"{paths[0]} is dead: no process serves it ({len(paths)} mount points).",
-                hint="`mooring mounts ls` names its sessions; else: umount --lazy " + paths[0],
+                hint=f"An agent's mount it repairs itself (mooring mounts ls); else run: umount --lazy {paths[0]}",
             )
             found.append(failure("mounts", err))
     if not found:

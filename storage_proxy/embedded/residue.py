@@ -48,7 +48,7 @@ class Mount:
 
 def mounts_below(folder: Path) -> list[Mount]:
     """Mounts at or below `folder`, in the order they were made (so undo them from the end)."""
-    prefix = str(folder)
+    prefix = str(folder).rstrip("/")  # of "/" nothing is left, and every mount is below
     found = []
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
         for line in table:
