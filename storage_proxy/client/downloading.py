@@ -30,8 +30,8 @@ from .localtree import LocalTarget, local_error
 from .manager import ManagerClient, TransferTicket
 from .uploading import Mode, Patience, Progress, sha256_of, store_error, with_token
 
-PIECE_BYTES = 32 * 1024 * 1024
-PIECES_AT_ONCE = 4
+PIECE_BYTES = 64 * 1024 * 1024  # larger ones cost the proxy less, smaller ones lose less of a broken download
+PIECES_AT_ONCE = 3
 RESTARTS = 3
 
 
