@@ -227,7 +227,7 @@ def _show_stack(ready: Ready) -> None:
     from ..embedded.state import default_state_path
 
     where = "" if state == default_state_path({}) else f"MOORING_STATE={state} "
-    for command in _NEXT:
+    for command in _NEXT if not ready.warnings else _NEXT[:2]:
         sys.stdout.write(f"  {where}{command}\n")
     sys.stdout.write("\n")
     sys.stdout.flush()
@@ -244,7 +244,8 @@ def _show_result(result: JobResult, timings: dict[str, float]) -> None:
     from ..core.ids import ByteSize
 
     if not result.files_checked:
-        print_fields({"job": "not whole", "session": f"skipped: {result.runtime_reason}"})
+        done = "a folder was made and filled, a bucket directory bound"
+        print_fields({"job": "not whole", "done": done, "session": f"skipped: {result.runtime_reason}"})
         return
     print_fields(
         {

@@ -91,9 +91,13 @@ class Run:
             warnings = [str(no_mounts)] if no_mounts else []
             self.report.ready(Ready(endpoints, stack.parts, self.summary, warnings, self.timings["start"]))
             await self._serve(state, stack, endpoints, no_mounts)
-        except MooringError as err:
-            log.error(str(err), detail=err.detail)
-            raise
+        except Exception as err:
+            cause = _cause(err)
+            if cause is None:
+                log.exception("unexpected error")
+                raise
+            log.error(str(cause), detail=cause.detail)
+            raise cause from err
         finally:
             await stack.stop(self.report.say)
         left = find(state)
@@ -168,6 +172,13 @@ class Run:
         if no_mounts is not None:
             self.exit_code = no_mounts.exit_code
         self.report.job(self.result)
+
+
+def _cause(err: BaseException) -> MooringError | None:
+    """The first error of our own tree in a TaskGroup's bundle."""
+    if isinstance(err, BaseExceptionGroup):
+        return next((cause for item in err.exceptions if (cause := _cause(item)) is not None), None)
+    return err if isinstance(err, MooringError) else None
 
 
 def _summary(endpoints: Endpoints, parts: list[Part], options: StackOptions) -> dict[str, Any]:

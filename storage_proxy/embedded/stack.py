@@ -88,15 +88,6 @@ class Dataset:
 
 
 @dataclass(slots=True)
-class _Running:
-    """What exists only between start and stop."""
-
-    parts: StackParts
-    written: Written
-    endpoints: Endpoints
-
-
-@dataclass(slots=True)
 class Stack:
     """Hold the lock of `state` from before `clean_leftovers` until after `stop`."""
 
@@ -106,7 +97,6 @@ class Stack:
     timings: dict[str, float] = field(default_factory=dict)
     _processes: list[ManagedProcess] = field(default_factory=list)
     _where: dict[str, str] = field(default_factory=dict)
-    _running: _Running | None = None
 
     async def clean_leftovers(self) -> list[str]:
         """Takes away what a killed stack left on this state directory. Returns what that was, for people."""
@@ -133,7 +123,8 @@ class Stack:
         embedded = self.options.s3 is None
         if embedded:
             weed = self._weed()
-            # After kill -9 its first write may take long: a damaged volume is set aside first.
+            # After kill -9 its first write may take long: a damaged volume is set aside first. With a full disk it does
+            # not end by itself; killing it loses no acknowledged object.
             spec = ProcessSpec(
                 name="s3",
                 argv=weed.argv,
@@ -142,6 +133,7 @@ class Stack:
                 log_file=state.log_file("s3"),
                 ready=weed.ready,
                 start_deadline=40.0,
+                stop_deadline=8.0,
                 before_start=weed.prepare,
             )
             await self._start_part(ManagedProcess(spec, registry), weed.endpoint_url, "the S3 server", say)
@@ -172,7 +164,6 @@ class Stack:
             await self._start_part(agent, str(socket), "the agent", say)
         endpoints = self._endpoints(parts, written, socket)
         endpoints.save(state.endpoints_file)
-        self._running = _Running(parts, written, endpoints)
         return endpoints
 
     async def _start_part(self, process: ManagedProcess, where: str, what: str, say: Callable[[str], None]) -> None:
@@ -319,7 +310,6 @@ class Stack:
         await clean(self.state)  # what an agent that had to be killed left
         (self.state.data_dir / "s3" / "s3.json").unlink(missing_ok=True)
         self.state.clear_temporary()
-        self._running = None
         self.timings["stop"] = round(time.monotonic() - begin, 2)
 
     async def _sessions_ended(self) -> None:

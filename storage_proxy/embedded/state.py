@@ -223,5 +223,6 @@ class StateDirectory:
             (self.path / name).mkdir(mode=0o700, exist_ok=True)
         if self.runtime_dir.exists():
             shutil.rmtree(self.runtime_dir, ignore_errors=True)
-        with suppress(OSError):  # other stacks may still use it
-            self.runtime_dir.parent.rmdir()
+        if self.runtime_dir.parent != self.run_dir:
+            with suppress(OSError):  # other stacks may still use it
+                self.runtime_dir.parent.rmdir()

@@ -93,6 +93,10 @@ class Up:
         )
         return f"--- out\n{self.out}\n--- err\n{self.err}\n{logs}"
 
+    def events(self) -> list[dict[str, Any]]:
+        """The JSON objects of `--json` so far."""
+        return [json.loads(line) for line in self.out.splitlines(keepends=True) if line.endswith("\n")]
+
     def result(self, deadline: float = RUN_DEADLINE) -> dict[str, Any]:
         """The JSON object of `--once --json`, after a good end."""
         assert self.wait(deadline) == 0, self.everything

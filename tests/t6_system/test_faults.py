@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -21,7 +22,7 @@ from storage_proxy.core.wire import S3Credential
 from storage_proxy.s3 import S3Client
 from tests.conftest import S3Server
 
-from .stacks import SMALL, Up, free_base
+from .stacks import SMALL, Up, free_base, until
 from .test_up import check_result
 
 FAULT_DEADLINE = 15.0
@@ -171,6 +172,27 @@ def test_a_disk_too_small_for_the_job(tmp_path: Path) -> None:
         subprocess.run(["umount", str(place)], check=True)
 
 
+def test_a_disk_that_fills_up_during_the_job(tmp_path: Path) -> None:
+    """Whoever meets it first, the full disk is named as the cause."""
+    place = tmp_path / "filling"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=220m", "test", str(place)], check=True)
+    try:
+        with Up(place / "s", "--once", env=SMALL, scratch=tmp_path) as up:
+            up.ready()
+            with (place / "fill").open("wb") as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(1024 * 1024))
+            begin = time.monotonic()
+            assert up.wait() == 7, up.everything
+            assert time.monotonic() - begin < 2 * FAULT_DEADLINE
+            assert "is full" in up.err
+            assert "Traceback" not in up.err
+            up.assert_nothing_left()
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
     base = free_base()
     with socket.socket() as other:
@@ -221,13 +243,7 @@ def test_without_the_right_to_mount_the_rest_runs(tmp_path: Path) -> None:
     before = ["setpriv", "--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin"]
     with Up(tmp_path / "s", "--json", env=SMALL, before=before) as up:
         up.ready()
-        lines: list[dict[str, object]] = []
-        end = time.monotonic() + 90
-        while len(lines) < 2:
-            assert time.monotonic() < end, up.everything
-            lines = [json.loads(line) for line in up.out.splitlines()]
-            time.sleep(0.05)
-        ready, job = lines
+        ready, job = until(lambda: len(up.events()) == 2 and up.events(), 90, "the job ends")
         assert "may not mount" in str(ready["warnings"])
         assert "agent" not in up.pids()
         assert (job["ok"], job["runtime"]) == (False, "none")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
@@ -70,12 +69,12 @@ def test_a_killed_stack_is_cleaned_by_the_next_start(tmp_path: Path) -> None:
     # The kernel tells the children; the agent unmounts by itself.
     until(lambda: all(start_time(pid) is None for pid in pids.values()), 40, "the children end")
     assert not any(m.is_fuse for m in mounts_below(killed.state.runtime_dir))
-    with Up(state, "--once", "--json", base=killed.base, env=SMALL) as again:
-        check_result(again.result())
+    with Up(state, "--json", base=killed.base, env=SMALL) as again:
+        events = until(lambda: len(again.events()) == 2 and again.events(), 120, "the job ends")
+        check_result(events[1])
+        assert asyncio.run(_names(again.ready())) == []  # the folders of the killed job are gone as well
+        assert again.stop() == 0
         again.assert_nothing_left()
-    with Up(state, "--no-job", base=killed.base) as look:
-        assert asyncio.run(_names(look.ready())) == []  # the folders of the killed job are gone as well
-        assert look.stop() == 0
 
 
 def test_everything_killed_at_once_is_cleaned_too(tmp_path: Path) -> None:
@@ -146,8 +145,7 @@ def test_two_stacks_side_by_side(tmp_path: Path) -> None:
         asyncio.run(_mounts(second))
         assert two.stop() == 0
         two.assert_nothing_left()
-        events = [json.loads(line)["event"] for line in two.out.splitlines()]
-        assert events == ["ready", "stopped"]
+        assert [event["event"] for event in two.events()] == ["ready", "stopped"]
 
 
 def test_a_session_ends_with_its_stack(tmp_path: Path) -> None:
