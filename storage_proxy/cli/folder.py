@@ -352,10 +352,11 @@ def _folder_json(folder: Folder) -> dict[str, Any]:
 
 
 def _folder_row(folder: Folder) -> list[object]:
-    place = f"s3://{folder.bucket}/{folder.prefix or ''}" if folder.bucket else folder.vfid.rpartition("/")[2]
+    place = f"s3://{folder.bucket}/{folder.prefix or ''}" if folder.bucket else ""
+    owner, _, number = folder.quota_scope.partition(":")
     access = "read-only" if folder.read_only else "read-write"
     created = f"{folder.created_at:%Y-%m-%d %H:%M}"
-    return [folder.name, folder.kind.value, access, folder.volume, place, folder.quota_scope, created]
+    return [folder.name, folder.kind.value, access, folder.volume, place, f"{owner} {number[:8]}", created]
 
 
 def _show_folder(folder: Folder, as_json: bool, sentence: str) -> None:
