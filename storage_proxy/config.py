@@ -69,7 +69,7 @@ class ProxySection(ConfigModel):
         default=int(ByteSize.parse("100g")), description="The biggest file a client may upload, as in 100g."
     )
     upload_memory: Size = Field(
-        default=int(ByteSize.parse("24m")),
+        default=int(ByteSize.parse("16m")),
         ge=16 * 1024 * 1024,
         description="Bytes that all running uploads together may hold in memory.",
     )
@@ -92,6 +92,13 @@ class ProxySection(ConfigModel):
     def _one_secret(self) -> ProxySection:
         if (self.secret is None) == (self.secret_file is None):
             raise ValueError("give either secret-file or secret")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> ProxySection:
+        # S3 takes 10,000 parts of whole MiB, and one part of the biggest file must fit.
+        if self.max_upload_size > (self.upload_memory - 1024 * 1024) * 10_000:
+            raise ValueError("upload-memory must be over a ten-thousandth of max-upload-size")
         return self
 
     def token_secret(self) -> Secret:

@@ -20,15 +20,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
-
-from sqlalchemy import delete, or_, select, update
-from sqlalchemy.engine import CursorResult
 
 from ..core.errors import (
     AlreadyExists,
@@ -53,14 +49,12 @@ from .minio import MinioVolume
 from .parts import PartWriter, RunningHash
 from .registry import VolumeRegistry
 from .tree import FolderTree, file_metadata
+from .upload_rows import UploadRows
 
 log = get_logger(__name__)
 
 STAGING = ".mooring/uploads/"
 SESSION_METADATA = "mooring-upload"
-LEASE = timedelta(seconds=60)
-RENEW_SECONDS = 20.0
-KEEP_DONE = timedelta(hours=1)
 PRESIGNED_PART = 16 * MIB
 PRESIGNED_PARTS = 1000
 MAX_PRESIGNED_PART = 1024 * MIB
@@ -106,10 +100,9 @@ class UploadService:
         presigned_expire: timedelta,
     ) -> None:
         self._volumes = volumes
-        self._database = database
+        self._rows = UploadRows(database, expire)
         self.budget = MemoryBudget(memory, DEFAULT_PART)
         self.max_size = max_size
-        self._expire = expire
         self._presigned_expire = presigned_expire
         self._hashes: OrderedDict[str, RunningHash] = OrderedDict()
         self.running = 0
@@ -131,29 +124,11 @@ class UploadService:
         if await tree.is_directory(path):
             raise AlreadyExists(f"{str(path)!r} is a directory.", hint="Choose another name for the file.")
         await tree.make_parents(path)
-        session_id = uuid.uuid4().hex
-        now = datetime.now(UTC)
-        async with self._database.session() as session:
-            session.add(
-                Upload(
-                    session=session_id,
-                    volume=volume.name,
-                    vfid=str(vfid),
-                    relpath=path.text,
-                    size=size,
-                    offset=0,
-                    done=False,
-                    created_at=now,
-                    expires_at=now + self._expire,
-                )
-            )
-        return session_id
+        return await self._rows.add(volume.name, vfid, path.text, size)
 
     async def drop_folder(self, volume: MinioVolume, vfid: VFolderID) -> None:
         """Ends every upload into a folder that goes away."""
-        async with self._database.session() as session:
-            query = select(Upload).where(Upload.volume == volume.name, Upload.vfid == str(vfid))
-            rows = (await session.execute(query)).scalars().all()
+        rows = await self._rows.of_folder(volume.name, vfid)
         for row in rows:
             await self._drop(row)
 
@@ -344,10 +319,7 @@ class UploadService:
 
     async def _row(self, session_id: str) -> Upload:
         """The row; if its writer died, first brought in line with what S3 has."""
-        async with self._database.session() as session:
-            row = await session.get(Upload, session_id)
-        if row is None:
-            raise UploadNotFound("There is no such upload, or it has expired.", hint="Ask for a new one.")
+        row = await self._rows.get(session_id)
         if row.lease is not None and row.lease_until is not None and row.lease_until < datetime.now(UTC):
             await self._recover(row)
         return row
@@ -369,15 +341,10 @@ class UploadService:
             info = await target.tree.head_file(RelPath(row.relpath))
             row.done = info is not None and info.metadata.get(SESSION_METADATA) == row.session
             if published and not row.done:
-                await self._forget(row.session)
+                await self._rows.forget(row.session)
                 raise UploadNotFound("The object store has dropped this upload.", hint="Ask for a new one.")
             row.offset = row.size if row.done else row.offset
-        async with self._database.session() as session:
-            await session.execute(
-                update(Upload)
-                .where(Upload.session == row.session, Upload.lease == dead)
-                .values(offset=row.offset, done=row.done, lease=None)
-            )
+        await self._rows.save_recovered(row, dead)
         log.info("recovered an upload of a dead writer", session=row.session, offset=row.offset, done=row.done)
 
     @contextlib.asynccontextmanager
@@ -385,24 +352,10 @@ class UploadService:
         """The row, while nobody else may write it; what the caller changed in it is saved at the end, whatever
         happens."""
         row = await self._row(session_id)
-        lease, now = uuid.uuid4().hex, datetime.now(UTC)
-        async with self._database.session() as session:
-            free = or_(Upload.lease.is_(None), Upload.lease_until < now)
-            same_mode = or_(Upload.mode.is_(None), Upload.mode == mode)
-            query = update(Upload).where(Upload.session == session_id, free, same_mode)
-            if offset is not None:
-                query = query.where(Upload.offset == offset)
-            taken = await session.execute(query.values(lease=lease, lease_until=now + LEASE, mode=mode))
-        if _rows(taken) == 0:
-            raise await self._why_not(session_id, mode, offset)
-        row.mode = mode
-        keeper = asyncio.create_task(self._renew(session_id, lease), name=f"upload lease {session_id}")
-        try:
+        async with self._rows.lease(row, mode, offset) as got:
+            if not got:
+                raise await self._why_not(session_id, mode, offset)
             yield row
-        finally:
-            keeper.cancel()
-            await asyncio.wait([keeper])
-            await self._release(row, lease)
 
     async def _why_not(self, session_id: str, mode: UploadMode, offset: int | None) -> MooringError:
         row = await self._row(session_id)
@@ -418,36 +371,6 @@ class UploadService:
             "Another request writes this upload.", hint="Wait, ask for the offset with HEAD, go on there."
         )
 
-    async def _renew(self, session_id: str, lease: str) -> None:
-        while True:
-            await asyncio.sleep(RENEW_SECONDS)
-            try:
-                async with self._database.session() as session:
-                    await session.execute(
-                        update(Upload)
-                        .where(Upload.session == session_id, Upload.lease == lease)
-                        .values(lease_until=datetime.now(UTC) + LEASE)
-                    )
-            except MooringError as err:
-                log.warning("an upload lease could not be renewed", session=session_id, error=str(err))
-
-    async def _release(self, row: Upload, lease: str) -> None:
-        async with self._database.session() as session:
-            saved = await session.execute(
-                update(Upload)
-                .where(Upload.session == row.session, Upload.lease == lease)
-                .values(
-                    offset=row.offset,
-                    done=row.done,
-                    part_size=row.part_size,
-                    upload_id=row.upload_id,
-                    lease=None,
-                    expires_at=datetime.now(UTC) + (KEEP_DONE if row.done else self._expire),
-                )
-            )
-        if _rows(saved) == 0:
-            log.info("an upload was dropped or taken over while it was written", session=row.session)
-
     # --- what lies in S3 ----------------------------------------------------------------------------------------------
 
     async def _target(self, row: Upload) -> _Target:
@@ -459,12 +382,7 @@ class UploadService:
         row.upload_id = await target.tree.folder.client.create_multipart(
             target.bucket, target.key, metadata=file_metadata({SESSION_METADATA: row.session}), content_type=FILE_TYPE
         )
-        async with self._database.session() as session:  # at once: an id that no row knows is never aborted
-            await session.execute(
-                update(Upload)
-                .where(Upload.session == row.session)
-                .values(upload_id=row.upload_id, part_size=row.part_size)
-            )
+        await self._rows.save_multipart(row)
 
     async def _read_tail(self, target: _Target, row: Upload) -> bytes:
         length = row.offset % _part_size(row)
@@ -505,10 +423,7 @@ class UploadService:
 
     async def sweep(self) -> int:
         """Drops expired uploads with all that they left in S3; returns how many. Called now and then."""
-        now = datetime.now(UTC)
-        async with self._database.session() as session:
-            query = select(Upload).where(Upload.expires_at < now, or_(Upload.lease.is_(None), Upload.lease_until < now))
-            rows = (await session.execute(query.limit(100))).scalars().all()
+        rows = await self._rows.expired()
         for row in rows:
             await self._drop(row)
         return len(rows)
@@ -528,11 +443,7 @@ class UploadService:
             if err.temporary:
                 raise
             log.info("an expired upload could not be cleaned up", session=row.session, error=str(err))
-        await self._forget(row.session)
-
-    async def _forget(self, session_id: str) -> None:
-        async with self._database.session() as session:
-            await session.execute(delete(Upload).where(Upload.session == session_id))
+        await self._rows.forget(row.session)
 
 
 @dataclass(frozen=True, slots=True)
@@ -567,11 +478,6 @@ def _wrong_sum(row: Upload) -> ChecksumMismatch:
         f"The {row.size} bytes of {row.relpath!r} have another SHA-256 than was given; the file was not kept.",
         hint="Compare the file with its source and upload it again from the start.",
     )
-
-
-def _rows(result: object) -> int:
-    assert isinstance(result, CursorResult)  # noqa: S101  # what an UPDATE returns
-    return int(result.rowcount)
 
 
 async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:

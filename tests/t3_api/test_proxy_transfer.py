@@ -199,7 +199,7 @@ async def test_many_uploads_at_once_stay_within_their_memory(stand: ProxyStand) 
         for number in range(8):
             group.create_task(stand.put(vfid, f"f{number}", data))
     watcher.cancel()
-    assert 0 < highest <= budget.total == 24 * MIB
+    assert 0 < highest <= budget.total == 16 * MIB
     assert budget.used == 0
     assert len(await stand.names(vfid)) == 8
     assert await stand.get(vfid, "f7") == data
