@@ -138,7 +138,13 @@ class S3fsConfig(ConfigModel):
         examples=["/etc/ssl/certs/ca-certificates.crt"],
     )
     connect_timeout: int = Field(default=5, ge=1, le=300, description="Seconds to wait for a connection.")
-    readwrite_timeout: int = Field(default=15, ge=1, le=600, description="Seconds of silence that end a transfer.")
+    readwrite_timeout: int = Field(
+        default=10,
+        ge=1,
+        le=600,
+        description="Seconds of silence that end a request. While the server is silent, an operation on the mount\n"
+        "ends with EIO after about 4 * retries * (readwrite-timeout + 5) seconds.",
+    )
     retries: int = Field(default=2, ge=1, le=10, description="How often one request is tried in all.")
     parallel_count: int = Field(default=8, ge=1, le=64, description="Parallel part requests of one large file.")
     multipart_size: int = Field(default=16, ge=5, le=5120, description="MiB per part.")

@@ -27,6 +27,21 @@ def node(s3_server: S3Server) -> Iterator[Node]:
 
 
 @pytest_asyncio.fixture
+async def bucket(s3: S3Client) -> AsyncIterator[str]:
+    """An empty bucket, the same for all tests here: each bucket of the server takes volumes that it has few of."""
+    name = "t4-agent"
+    await s3.create_bucket(name)
+    await _empty(s3, name)
+    yield name
+    await _empty(s3, name)
+
+
+async def _empty(s3: S3Client, name: str) -> None:
+    async for page in s3.list(name):
+        await s3.delete_many(name, [item.key for item in page.objects])
+
+
+@pytest_asyncio.fixture
 async def folder(s3: S3Client, bucket: str) -> AsyncIterator[str]:
     """A bucket with two directories, `data/` and `other/`, and a file in each."""
     for prefix in ("data/", "other/"):
