@@ -51,12 +51,13 @@ from .layout import unmount_one
 from .mounter import KERNEL_SECONDS, wait_ready
 from .probe import Prober
 from .s3check import check_place
-from .supervisor import MountProcess
+from .supervisor import MountProcess, ProcessID
 
 log = get_logger(__name__)
 
 DEADLINE_SECONDS = 10.0
 _CHECK_SECONDS = 6.0
+_ROOM = "mooring-mount-"
 _MEMORY = (Path("/run"), Path("/dev/shm"))  # noqa: S108 - a directory is made there, 0700 and with a random name
 
 
@@ -222,11 +223,19 @@ async def _end(directory: Path, process: MountProcess) -> None:
 
 @contextmanager
 def _private_room() -> Iterator[tuple[Path, Path]]:
-    """A 0700 directory in memory for the key and the log, and one on disk for temporary files; both go at the end."""
+    """A 0700 directory in memory for the key and the log, and one on disk for temporary files; both go at the end.
+
+    Their names tell whose they are, so that those of a command that was killed go with the next one.
+    """
     memory = next((place for place in _MEMORY if os.access(place, os.W_OK)), None)
-    room = Path(tempfile.mkdtemp(prefix="mooring-mount-", dir=memory))
+    disk = Path(tempfile.gettempdir())
+    for parent in {memory or disk, disk}:
+        _sweep_rooms(parent)
+    own = ProcessID.of(os.getpid())
+    prefix = f"{_ROOM}{os.getpid()}.{own.started if own else 0}-"
+    room = Path(tempfile.mkdtemp(prefix=prefix, dir=memory))
     try:
-        scratch = Path(tempfile.mkdtemp(prefix="mooring-mount-"))
+        scratch = Path(tempfile.mkdtemp(prefix=prefix))
         try:
             yield room, scratch
         finally:
@@ -234,6 +243,15 @@ def _private_room() -> Iterator[tuple[Path, Path]]:
     finally:
         wipe_credential(room / "key")
         shutil.rmtree(room, ignore_errors=True)
+
+
+def _sweep_rooms(parent: Path) -> None:
+    for room in parent.glob(f"{_ROOM}*"):
+        match = re.match(r"(\d+)\.(\d+)-", room.name.removeprefix(_ROOM))
+        with contextlib.suppress(OSError):
+            if match and room.lstat().st_uid == os.geteuid() and not ProcessID(int(match[1]), int(match[2])).runs:
+                wipe_credential(room / "key")
+                shutil.rmtree(room, ignore_errors=True)
 
 
 def _dying_with_us(launch: Launch) -> Launch:

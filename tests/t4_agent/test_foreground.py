@@ -122,6 +122,7 @@ async def test_umount_ends_the_other_command(node: Node, folder: str, place: Pat
 @pytest.mark.asyncio
 async def test_umount_of_a_mount_in_use_and_of_a_dead_one(node: Node, folder: str, place: Path) -> None:
     env = environment(node.credential)
+    before = rooms()
     async with mounted(node, f"s3://{folder}/data", place) as process:
         with (place / "hello.txt").open() as held:
             code, _, errors = await run("umount", str(place), env=env)
@@ -131,8 +132,11 @@ async def test_umount_of_a_mount_in_use_and_of_a_dead_one(node: Node, folder: st
         assert entries_at(place)
         process.kill()
     await until(lambda: entries_at(place) == [], "the kernel tells the mount process to end with the command")
+    killed = [room for room in rooms() if room not in before]
+    assert len(killed) == 2
     async with mounted(node, f"s3://{folder}/data", place) as process:
         os.kill(process.pid, signal.SIGSTOP)  # it would clean up itself
+        assert not any(room.exists() for room in killed), "the next command removes what a killed one left"
         (pid,) = [
             int(text)
             for text in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
