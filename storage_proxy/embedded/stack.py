@@ -307,6 +307,8 @@ class Stack:
             await process.stop()
             self.timings[f"stop_{process.name}"] = round(time.monotonic() - part, 2)
         self._processes.clear()
+        if self.options.s3 is None:
+            self._weed().clean()
         await clean(self.state)  # what an agent that had to be killed left
         (self.state.data_dir / "s3" / "s3.json").unlink(missing_ok=True)
         self.state.clear_temporary()

@@ -58,6 +58,7 @@ class Up:
         self.state = StateDirectory.locate(state)
         self.base = base or free_base()
         scratch = scratch or state.parent
+        self._older_sockets = self._sockets()
         self._out, self._err = scratch / f"{state.name}.out", scratch / f"{state.name}.err"
         self.began = time.monotonic()
         argv = [*before, *program, "up", "--state", str(state), "--port-base", str(self.base), *args]
@@ -65,6 +66,11 @@ class Up:
             self.process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**os.environ, **(env or {})}, cwd="/"
             )
+
+    def _sockets(self) -> set[Path]:
+        """What the S3 server made in /tmp."""
+        ports = {str(port) for port, _ in PortPlan(self.base).listeners()}
+        return {path for path in Path("/tmp").glob("seaweedfs-*.sock") if path.stem.rpartition("-")[2] in ports}
 
     def __enter__(self) -> Up:
         return self
@@ -139,6 +145,7 @@ class Up:
         assert left == [], self.everything
         assert not self.state.runtime_dir.exists()
         assert list(self.state.run_dir.iterdir()) == []
+        assert self._sockets() <= self._older_sockets
 
 
 def until_empty(look: Callable[[], list[str]], deadline: float = 5.0) -> list[str]:
