@@ -50,7 +50,9 @@ Size = Annotated[int, BeforeValidator(_parse_size), Field(gt=0)]
 class ProxySection(ConfigModel):
     """What concerns the whole process."""
 
-    node_id: str = Field(default="storage-proxy-1", description="Name of this replica in logs.")
+    node_id: str = Field(
+        default="storage-proxy-1", description="Name of this replica; another one for each that shares the database."
+    )
     secret: Secret | None = Field(
         default=None, description="Signs client tokens (at least 32 bytes). Better: secret-file.", examples=[""]
     )

@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
-
 from .api.client import client_app
 from .api.internal import internal_app
 from .api.manager import manager_app
@@ -74,7 +73,9 @@ async def open_proxy(config: ProxyConfig) -> AsyncIterator[Proxy]:
             max_size=section.max_upload_size,
             expire=timedelta(seconds=section.upload_expire),
             presigned_expire=timedelta(seconds=section.presigned_upload_expire),
+            node_id=section.node_id,
         )
+        await uploads.start()
         credentials = MountCredentials(
             volumes, database, keyring, lifetime=timedelta(seconds=section.mount_credential_lifetime)
         )

@@ -1,13 +1,16 @@
 """`UploadRows`: the rows of the `uploads` table and who may write them.
 
 A lease is a random id with an end. Taking it is one conditional UPDATE, which also compares the offset, so of two
-requests at the same place one wins on any database. The holder renews it; one that died loses it by time.
+requests at the same place one wins on any database. The holder renews it; one that died loses it when it starts again,
+or by time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import secrets
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -23,17 +26,25 @@ from ..state import Upload, UploadMode
 
 log = get_logger(__name__)
 
-LEASE = timedelta(seconds=60)
-RENEW_SECONDS = 20.0
+LEASE = timedelta(seconds=30)
+RENEW_SECONDS = 10.0
 KEEP_DONE = timedelta(hours=1)
 
 
 class UploadRows:
-    """`expire`: how long an upload lives after its last request."""
+    """`expire`: how long an upload lives after its last request. `node_id` tells the processes of one database
+    apart."""
 
-    def __init__(self, database: Database, expire: timedelta) -> None:
+    def __init__(self, database: Database, expire: timedelta, node_id: str) -> None:
         self._database = database
         self._expire = expire
+        self._owner = hashlib.sha256(node_id.encode()).hexdigest()[:8]
+
+    async def end_own_leases(self) -> None:
+        """At start: whatever this node held belongs to its former life, so nobody has to wait for its end."""
+        async with self._database.session() as session:
+            mine = update(Upload).where(Upload.lease.startswith(self._owner))
+            await session.execute(mine.values(lease_until=datetime.now(UTC) - timedelta(seconds=1)))
 
     async def add(self, volume: VolumeName, vfid: VFolderID, relpath: str, size: int) -> str:
         """A new row; returns the session id."""
@@ -65,7 +76,7 @@ class UploadRows:
     @contextlib.asynccontextmanager
     async def lease(self, row: Upload, mode: UploadMode, offset: int | None) -> AsyncIterator[bool]:
         """Yields whether the lease was got. What the holder changes in `row` is saved at the end, whatever happens."""
-        lease, now = uuid.uuid4().hex, datetime.now(UTC)
+        lease, now = self._owner + secrets.token_hex(12), datetime.now(UTC)
         async with self._database.session() as session:
             free = or_(Upload.lease.is_(None), Upload.lease_until < now)
             same_mode = or_(Upload.mode.is_(None), Upload.mode == mode)

@@ -98,14 +98,19 @@ class UploadService:
         max_size: int,
         expire: timedelta,
         presigned_expire: timedelta,
+        node_id: str,
     ) -> None:
         self._volumes = volumes
-        self._rows = UploadRows(database, expire)
+        self._rows = UploadRows(database, expire, node_id)
         self.budget = MemoryBudget(memory, DEFAULT_PART)
         self.max_size = max_size
         self._presigned_expire = presigned_expire
         self._hashes: OrderedDict[str, RunningHash] = OrderedDict()
         self.running = 0
+
+    async def start(self) -> None:
+        """Frees what a former life of this process was writing."""
+        await self._rows.end_own_leases()
 
     # --- for the manager ----------------------------------------------------------------------------------------------
 

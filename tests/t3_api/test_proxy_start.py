@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,26 @@ async def test_a_whole_round_on_each_database(
         assert await stand.get(bound, "x") == b"bound"
         again = {"volume": "minio", "vfid": bound}
         assert (await stand.call("POST", "/folder/create", again)).status == 409
+
+
+@pytest.mark.asyncio
+async def test_a_restart_frees_the_uploads_of_its_former_life(
+    s3_server: S3Server, s3: S3Client, bucket: str, tmp_path: Path
+) -> None:
+    config, secrets = proxy_config(
+        tmp_path / "proxy", endpoint=s3_server.endpoint.url, bucket=bucket, credential=s3_server.admin
+    )
+    part, data = 8 * 1024 * 1024, os.urandom(17 * 1024 * 1024)
+    async with running(config, secrets, s3, bucket) as stand:
+        token = await stand.upload_token(await stand.folder(), "f", len(data))
+        assert (await stand.patch(token, 0, data[:part])).status == 204
+        later = datetime.now(UTC) + timedelta(minutes=1)
+        own = hashlib.sha256(config.storage_proxy.node_id.encode()).hexdigest()[:8]
+        await stand.change_uploads(offset=0, lease=own + "0" * 24, lease_until=later)  # killed in the next request
+        assert (await stand.patch(token, 0, data)).status == 409
+    async with running(config, secrets, s3, bucket) as stand:
+        assert (await stand.client("HEAD", "/upload", token)).headers["Upload-Offset"] == str(part)
+        assert (await stand.patch(token, part, data[part:])).status == 204
 
 
 # --- health and failures ----------------------------------------------------------------------------------------------
