@@ -32,6 +32,7 @@ from ..core.logs import get_logger
 from ..core.secrets import write_private
 from ..core.wire import BindSpec, S3Credential
 from ..s3 import Endpoint, S3Client
+from ..s3.scoped import ScopedIssuer
 from . import samples
 from .configs import AGENT_ID, VOLUME
 from .endpoints import Endpoints
@@ -190,10 +191,10 @@ class MainJob:
         self._manager = ManagerClient(endpoints.manager.url, endpoints.manager.token)
         self._transfers = TransferClient(self._manager)
         self._agent = AgentClient(endpoints.agent.socket)
-        self._s3 = S3Client(
-            Endpoint(endpoints.s3.url, endpoints.s3.region),
-            S3Credential(access_key=endpoints.s3.access_key, secret_key=endpoints.s3.secret_key),
-        )
+        self._endpoint = Endpoint(endpoints.s3.url, endpoints.s3.region)
+        self._admin = S3Credential(access_key=endpoints.s3.access_key, secret_key=endpoints.s3.secret_key)
+        self._s3 = S3Client(self._endpoint, self._admin)
+        self._identities_before: set[str] = set()
 
     async def run(self) -> JobResult:
         """Raises the error of the step that failed; its detail names the stage."""
@@ -257,6 +258,7 @@ class MainJob:
             return
         choice = await self._runner.choose()
         self._result.runtime, self._result.runtime_reason = choice.runtime.value, choice.reason
+        self._identities_before = await self._s3_identities()
         with self._timed("plan_session", "planning the session"):
             plan = await self._plan(tag, folder, bound)
         with self._timed("attach", "attaching both folders"):
@@ -382,7 +384,15 @@ class MainJob:
             left += [f"credential file {Path(base) / name}" for name in names]
         with contextlib.suppress(NotFound):
             left.append(f"session {(await self._manager.session(session_id)).session_id}")
+        left += [f"S3 credential {name}" for name in await self._s3_identities() - self._identities_before]
         return left
+
+    async def _s3_identities(self) -> set[str]:
+        """The limited identities that exist on the embedded server; elsewhere others may make some meanwhile."""
+        if not self._endpoints.s3.embedded:
+            return set()
+        async with ScopedIssuer(self._endpoint, self._admin) as issuer:
+            return set(await issuer.identities())
 
     async def _verify(self, folder: Folder, checked: str) -> None:
         """Reads each written file twice: by the client API, and straight from S3."""
