@@ -128,6 +128,7 @@ async def test_wrong_requests(node: Node) -> None:
         assert await agent.gc() == 0
 
 
+@pytest.mark.semantics(5)
 async def test_no_answer_shows_a_secret(node: Node, folder: str) -> None:
     async with node.agent() as agent:
         spec = await agent.attach(node.grant(node.request(folder, "data")))

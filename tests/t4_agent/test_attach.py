@@ -21,6 +21,9 @@ from .node import Node, new_session, until, until_async
 pytestmark = [pytest.mark.root, pytest.mark.asyncio]
 
 
+@pytest.mark.semantics(1)
+@pytest.mark.semantics(10)
+@pytest.mark.semantics(12)
 async def test_attach_shows_the_folder_and_detach_leaves_nothing(node: Node, folder: str, s3: S3Client) -> None:
     async with node.agent() as agent:
         session = new_session()
@@ -48,6 +51,7 @@ async def test_attach_shows_the_folder_and_detach_leaves_nothing(node: Node, fol
     assert not node.runtime.exists()
 
 
+@pytest.mark.semantics(11)
 async def test_sessions_share_one_mount(node: Node, folder: str) -> None:
     async with node.agent() as agent:
         sessions = [new_session(), new_session()]
@@ -76,6 +80,7 @@ async def test_sessions_share_one_mount(node: Node, folder: str) -> None:
     ],
     ids=["mode", "credential", "uid", "umask", "prefix"],
 )
+@pytest.mark.semantics(8)
 async def test_what_differs_gets_a_process_of_its_own(node: Node, folder: str, changes: dict[str, object]) -> None:
     prefix = str(changes.pop("prefix", "data")) if "prefix" in changes else "data"
     async with node.agent() as agent:
@@ -155,6 +160,7 @@ async def test_grace_keeps_the_mount_for_the_next_session(node: Node, folder: st
         assert node.residue() == {}
 
 
+@pytest.mark.semantics(12)
 async def test_the_grace_period_ends(node: Node, folder: str) -> None:
     async with node.agent(grace_period=0.2) as agent:
         spec = await agent.attach(node.grant(node.request(folder, "data")))
@@ -167,6 +173,7 @@ async def test_the_grace_period_ends(node: Node, folder: str) -> None:
         assert node.residue() == {}
 
 
+@pytest.mark.semantics(7)
 async def test_read_only_is_in_the_superblock(node: Node, folder: str) -> None:
     async with node.agent() as agent:
         spec = await agent.attach(node.grant(node.request(folder, "data", mode=AccessMode.READ_ONLY)))
@@ -194,6 +201,7 @@ async def test_session_binds_are_shared_and_of_their_own_group(node: Node, folde
         assert not set(pool.tags) & set(groups)
 
 
+@pytest.mark.semantics(5)
 async def test_credential_files_are_private_and_the_process_shows_no_secret(node: Node, folder: str) -> None:
     async with node.agent() as agent:
         await agent.attach(node.grant(node.request(folder, "data")))

@@ -100,6 +100,7 @@ async def test_a_container_reads_and_writes_as_its_user(node: Node, folder: str,
         assert await stream.read() == b"result\n"
 
 
+@pytest.mark.semantics(7)
 async def test_a_read_only_folder_holds_against_everything(node: Node, folder: str, podman: Podman) -> None:
     async with node.agent() as agent:
         spec = await agent.attach(node.grant(node.request(folder, "data", mode=AccessMode.READ_ONLY)))

@@ -70,11 +70,13 @@ async def fails(
             assert node.residue() == {}
 
 
+@pytest.mark.semantics(10)
 async def test_wrong_secret(node: Node, folder: str) -> None:
     bad = S3Credential(access_key=node.credential.access_key, secret_key=Secret("wrong-secret"))
     await fails(node, S3BadCredential, "does not accept this credential", folder, credential=bad)
 
 
+@pytest.mark.semantics(10)
 async def test_missing_bucket(node: Node) -> None:
     await fails(node, BucketNotFound, "does not exist", "no-such-bucket")
 
@@ -84,6 +86,7 @@ async def test_missing_directory(node: Node, folder: str) -> None:
 
 
 @pytest.mark.expects_log("stamina.retry_scheduled")
+@pytest.mark.semantics(10)
 async def test_server_down(node: Node, folder: str) -> None:
     await fails(node, S3Unavailable, "cannot connect", folder, endpoint=closed_port())
 
@@ -119,6 +122,7 @@ async def test_program_that_ends_at_once(node: Node, folder: str) -> None:
         assert node.residue() == {}
 
 
+@pytest.mark.semantics(10)
 async def test_program_that_never_mounts(node: Node, folder: str) -> None:
     program = node.place / "s3fs"
     program.write_text("#!/bin/sh\n[ $1 = --version ] && echo V1.90 && exit\ntrap '' TERM\nexec sleep 60\n")

@@ -45,6 +45,7 @@ async def test_sigterm_leaves_nothing(node: Node, folder: str, embedded: AgentPr
     assert not node.runtime.with_name("run.lock").exists()
 
 
+@pytest.mark.semantics(12)
 async def test_after_a_kill_everything_is_cleaned(node: Node, folder: str, embedded: AgentProcess) -> None:
     async with await embedded.start() as agent:
         for prefix in ("data", "other"):
@@ -141,6 +142,7 @@ async def test_a_stop_keeps_mounts_for_the_next_agent(node: Node, folder: str, l
         assert node.residue() == {}
 
 
+@pytest.mark.semantics(12)
 async def test_what_is_not_wholly_alive_is_removed(node: Node, folder: str, lasting: AgentProcess) -> None:
     async with await lasting.start() as agent:
         dead = await agent.attach(node.grant(node.request(folder, "data")))

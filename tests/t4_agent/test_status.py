@@ -96,6 +96,7 @@ def settings(server: RedisServer) -> dict[str, object]:
     return {"url": server.url, "heartbeat": 0.3, "ttl": 5.0}
 
 
+@pytest.mark.semantics(5)
 async def test_every_key_says_what_is_and_ends_by_itself(
     node: Node, folder: str, server: RedisServer, client: redis.Redis
 ) -> None:
