@@ -40,6 +40,10 @@ from .state import disk_error
 
 PROGRAM = "weed"
 READY_KEY = ".mooring/ready"
+# Every bucket takes up to seven volumes of its own at its first write, and the default number of volumes follows from the
+# free disk: some dozen buckets would use it up. Volumes grow with their content, so many cost nothing; a full disk is
+# noticed by its free space.
+MAX_VOLUMES = 5000
 # Usually 2 to 3 s; its admin part sometimes gives up only after 10 s, and then the filer still has to write.
 STOP_SECONDS = 15.0
 _POLL_SECONDS = 0.05
@@ -140,6 +144,7 @@ class WeedServer:
             f"-filer.port={ports.filer}",
             f"-s3.port={ports.s3}",
             f"-admin.port={ports.admin}",
+            f"-volume.max={MAX_VOLUMES}",
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
             "-webdav=false",

@@ -82,6 +82,7 @@ async def test_unknown_volume(stand: ProxyStand) -> None:
     assert (answer.status, answer.json()["type"].rpartition("/storage/")[2]) == (400, "volume/invalid")
 
 
+@pytest.mark.semantics(13)
 async def test_usage_counts_files_and_says_when(stand: ProxyStand) -> None:
     vfid = await stand.folder()
     await stand.put(vfid, "a", b"x" * 1000)
@@ -151,6 +152,7 @@ async def test_the_secret_of_a_binding_is_encrypted_at_rest(
     assert not any(secret in path.read_bytes() for path in files)
 
 
+@pytest.mark.semantics(7)
 async def test_read_only_holds_on_every_writing_route(stand: ProxyStand, s3_server: S3Server, s3: S3Client) -> None:
     bucket = s3_server.limited_bucket
     await s3.put(bucket, "ro/f", b"kept")

@@ -34,6 +34,7 @@ async def nothing_left(stand: ProxyStand) -> bool:
     return not staged.objects and not await stand.s3.list_multipart_uploads(stand.bucket)
 
 
+@pytest.mark.semantics(1)
 @pytest.mark.parametrize("size", [0, 1, 1000, PART - 1, PART, PART + 1, 2 * PART, 20 * MIB + 7])
 async def test_a_file_of_any_size_in_one_request(stand: ProxyStand, size: int) -> None:
     vfid, data = await stand.folder(), os.urandom(size)
@@ -71,6 +72,7 @@ async def test_an_upload_in_many_requests(stand: ProxyStand, step: int) -> None:
     assert await nothing_left(stand)
 
 
+@pytest.mark.semantics(2)
 async def test_an_upload_replaces_a_file_only_when_it_is_whole(stand: ProxyStand) -> None:
     vfid = await stand.folder()
     await stand.put(vfid, "f", b"old")
@@ -82,6 +84,7 @@ async def test_an_upload_replaces_a_file_only_when_it_is_whole(stand: ProxyStand
     assert await stand.get(vfid, "f") == data
 
 
+@pytest.mark.semantics(3)
 async def test_wrong_offsets_sizes_and_headers(stand: ProxyStand) -> None:
     vfid = await stand.folder()
     token = await stand.upload_token(vfid, "f", 10)
@@ -131,6 +134,7 @@ async def test_a_checksum_after_a_restart_is_compared_with_what_is_stored(stand:
     assert await stand.names(vfid) == ["fFalse"]
 
 
+@pytest.mark.semantics(4)
 async def test_a_broken_connection_keeps_what_came(stand: ProxyStand) -> None:
     vfid, data = await stand.folder(), os.urandom(3 * PART)
     token = await stand.upload_token(vfid, "f", len(data))

@@ -86,6 +86,7 @@ async def podman(node: Node) -> AsyncIterator[Podman]:
     await made("rm", "--all", "--force", "--time", "0")
 
 
+@pytest.mark.semantics(1)
 async def test_a_container_reads_and_writes_as_its_user(node: Node, folder: str, podman: Podman, s3: S3Client) -> None:
     async with node.agent() as agent:
         spec = await agent.attach(node.grant(node.request(folder, "data")))
