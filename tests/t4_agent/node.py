@@ -147,8 +147,7 @@ class Node:
 
     def processes(self) -> list[int]:
         """Mount processes of this node."""
-        wanted = os.fsencode(str(self.runtime / "stage"))
-        return [pid for pid in _pids() if any(arg.startswith(wanted) for arg in _arguments(pid))]
+        return processes_with(str(self.runtime / "stage"))
 
     def credentials(self) -> list[Path]:
         return _files(self.runtime / "creds")
@@ -183,6 +182,12 @@ class Node:
 
 def new_session() -> str:
     return f"s-{secrets.token_hex(6)}"
+
+
+def processes_with(path: str) -> list[int]:
+    """Processes with an argument that starts with `path`."""
+    wanted = os.fsencode(path)
+    return [pid for pid in _pids() if any(argument.startswith(wanted) for argument in _arguments(pid))]
 
 
 def _pids() -> list[int]:

@@ -18,7 +18,7 @@ from storage_proxy.core.ids import AccessMode
 from storage_proxy.core.wire import BindSpec
 from storage_proxy.s3 import S3Client
 
-from .node import Node
+from .node import Node, processes_with, until
 
 pytestmark = [pytest.mark.root, pytest.mark.containers, pytest.mark.asyncio]
 
@@ -84,6 +84,8 @@ async def podman(node: Node) -> AsyncIterator[Podman]:
         pytest.skip(f"podman does not work on this host: {output.strip()[-300:]}")
     yield made
     await made("rm", "--all", "--force", "--time", "0")
+    # The monitor of a container cleans up in a podman of its own, which would mount its storage once more.
+    await until(lambda: not processes_with(str(place)), "podman has ended")
 
 
 @pytest.mark.semantics(1)
