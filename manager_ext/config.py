@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from storage_proxy.client.manager import parse_endpoint
-from storage_proxy.core.config import ConfigModel
+from storage_proxy.core.config import ConfigModel, Seconds, is_loopback
 from storage_proxy.core.errors import InvalidIdentifier, UsageError
 from storage_proxy.core.ids import parse_name
 from storage_proxy.core.secrets import Secret
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def parse_seconds(value: object) -> object:
-    """`"90"`, `"90s"`, `"5m"`, `"1h"`, `"7d"` as seconds; other types are left to the model."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", value.lower())
-    if not match:
-        raise ValueError("write seconds, or a number with s, m, h or d as in 5m")
-    return float(match[1]) * _UNITS[match[2] or "s"]
 
 
 def _url(url: str) -> str:
@@ -41,13 +27,6 @@ def _endpoint(text: str) -> str:
         return parse_endpoint(text)
     except UsageError as err:
         raise ValueError(str(err)) from None
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 Url = Annotated[str, AfterValidator(_url)]
@@ -127,7 +106,7 @@ class ProxyEntry(ConfigModel):
     @model_validator(mode="after")
     def _secret_not_in_clear(self) -> Self:
         parts = urlsplit(self.manager_url)
-        if parts.scheme == "http" and not self.allow_plain_http and not _is_local(parts.hostname or ""):
+        if parts.scheme == "http" and not self.allow_plain_http and not is_loopback(parts.hostname or ""):
             raise ValueError("manager-url sends a secret over http://; use https:// or set allow-plain-http = true")
         return self
 
@@ -141,7 +120,7 @@ class GrantsSection(ConfigModel):
         " written beside it\nas NAME.pub, for the agents. Default: grant.pem in the state directory.",
         examples=["/etc/mooring/grant.pem"],
     )
-    lifetime: Annotated[float, BeforeValidator(parse_seconds)] = Field(
+    lifetime: Seconds = Field(
         default=300,
         ge=10,
         le=3600,

@@ -6,11 +6,11 @@ import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 
+from storage_proxy.core.config import parse_seconds
 from storage_proxy.core.errors import InvalidIdentifier, UsageError
 from storage_proxy.core.ids import parse_agent_id
 from storage_proxy.core.tokens import Purpose, TokenSigner
 
-from .config import parse_seconds
 from .services import Role
 
 MAX_LIFETIME = timedelta(days=366)

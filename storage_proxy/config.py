@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
-import re
 from collections.abc import Mapping
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from .core.config import ConfigModel
+from .core.config import ConfigModel, Seconds, Size, is_loopback
 from .core.errors import ConfigError, InvalidIdentifier
 from .core.ids import ByteSize, parse_bucket_name, parse_volume_name
 from .core.secrets import Secret, check_private, read_secret
 from .core.wire import S3Credential
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-
-
-def parse_seconds(value: object) -> object:
-    """`90`, `"90"`, `"90s"`, `"5m"`, `"1h"`, `"7d"`, `"1w"` -> seconds."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*", value.lower())
-    if not match:
-        raise ValueError("write seconds, or a number with s, m, h, d or w as in 1h")
-    return float(match[1]) * _UNITS[match[2] or "s"]
-
-
-def _parse_size(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    try:
-        return int(ByteSize.parse(value))
-    except InvalidIdentifier as err:
-        raise ValueError(str(err)) from None
-
-
-Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
-Size = Annotated[int, BeforeValidator(_parse_size), Field(gt=0)]
 
 
 class ProxySection(ConfigModel):
@@ -315,17 +288,8 @@ class VolumeSection(ConfigModel):
 def refuse_plain_http(endpoint: str) -> None:
     """Raises ValueError for an http URL of another machine."""
     url = urlsplit(endpoint)
-    if url.scheme == "http" and not _is_loopback(url.hostname or ""):
+    if url.scheme == "http" and not is_loopback(url.hostname or ""):
         raise ValueError("plain http is for this machine only: use https, or set allow-plain-http = true")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class ProxyConfig(ConfigModel):

@@ -7,21 +7,24 @@ dashes and may be read with underscores.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tomlkit
 import tomlkit.exceptions
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .errors import ConfigError, InvalidRequest, MooringError
+from .errors import ConfigError, InvalidIdentifier, InvalidRequest, MooringError
+from .ids import ByteSize
 from .secrets import Secret, check_private
 
 ENV_PREFIX = "MOORING_"
@@ -40,6 +43,41 @@ class ConfigModel(BaseModel):
 
 
 M = TypeVar("M", bound=ConfigModel)
+
+_TIME_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def parse_seconds(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*", value.lower())
+    if not match:
+        raise ValueError("write seconds, or a number with s, m, h, d or w as in 1h")
+    return float(match[1]) * _TIME_UNITS[match[2] or "s"]
+
+
+def _parse_size(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(ByteSize.parse(value))
+    except InvalidIdentifier as err:
+        raise ValueError(str(err)) from None
+
+
+Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
+"""A duration: 90, "90s", "5m", "1h", "7d", "1w"."""
+
+Size = Annotated[int, BeforeValidator(_parse_size), Field(gt=0)]
+"""A number of bytes: 1048576, "1m", "100 GiB" (powers of 1024)."""
+
+
+def is_loopback(host: str) -> bool:
+    """True for localhost and the loopback addresses: what is sent there does not leave this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def load_config(

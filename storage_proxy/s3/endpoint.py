@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from ..core.config import is_loopback
 from ..core.errors import ConfigError
 
 # What RFC 3986 leaves unreserved: SigV4 wants everything else percent-encoded, in upper-case hex.
@@ -53,11 +53,7 @@ class Endpoint:
 
     @property
     def is_loopback(self) -> bool:
-        host = urlsplit(self.url).hostname or ""
-        try:
-            return ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return host == "localhost"
+        return is_loopback(urlsplit(self.url).hostname or "")
 
     def object_url(self, bucket: str = "", key: str = "", query: str = "") -> str:
         """The encoded URL of the service, a bucket or an object. Nothing in a key is normalised."""

@@ -65,7 +65,7 @@ def test_defaults_live_in_the_state_directory(tmp_path: Path) -> None:
         ({"manager_url": "http://storage.example.com:6022"}, "https"),
         ({"manager_url": "storage.example.com"}, "https://HOST"),
         ({"extra": "[grants]\nlifetime = '2h'"}, "grants.lifetime"),
-        ({"extra": "[grants]\nlifetime = 'soon'"}, "as in 5m"),
+        ({"extra": "[grants]\nlifetime = 'soon'"}, "as in 1h"),
         ({"extra": "[grants]\nlifetime = true"}, "grants.lifetime"),
         ({"extra": "[grant]\nlifetime = '5m'"}, "grant: unknown key"),
         ({"extra": "[binding]\nallowed-endpoints = ['s3.example.com']"}, "binding"),
