@@ -48,6 +48,7 @@ _TIME_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def parse_seconds(value: object) -> object:
+    """`"90"`, `"5m"`, `"1h"`, `"7d"`, `"1w"` as seconds; other types are left to the model. Raises ValueError."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*", value.lower())
