@@ -195,7 +195,7 @@ def _text_report(run: Run) -> Report:
     from ..embedded.running import Report
 
     def ready(what: Ready) -> None:
-        _show_stack(what)
+        _show_stack(what, serving=not run.once)
         for sentence in what.warnings:
             warn(sentence)
         if not run.once and not run.with_job:
@@ -216,13 +216,17 @@ def _text_report(run: Run) -> Report:
     return Report(say=speak, ready=ready, job=job, job_failed=failed)
 
 
-def _show_stack(ready: Ready) -> None:
+def _show_stack(ready: Ready, *, serving: bool) -> None:
     print_table(
         ("part", "where", "pid", "log"),
         [(part.name, part.where, part.pid or "-", part.log_file or "-") for part in ready.parts],
     )
     state = ready.endpoints.state
     print_fields({"state": state, "endpoints": state / "endpoints.json", "up in": f"{ready.seconds:.1f} s"})
+    if not serving:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        return
     sys.stdout.write("\nTry next, in another terminal:\n")
     from ..embedded.state import default_state_path
 

@@ -28,6 +28,8 @@ from storage_proxy.embedded.sessions import (
 )
 from storage_proxy.embedded.state import StateDirectory
 
+from .stacks import until
+
 pytestmark = [
     pytest.mark.root,
     pytest.mark.skipif(os.geteuid() != 0, reason="sessions are made by root"),
@@ -202,7 +204,7 @@ def test_a_longer_name_that_begins_alike_is_not_meant(tmp_path: Path) -> None:
     script.symlink_to("/bin/sleep")
     with subprocess.Popen([str(script), "60"], cwd=tmp_path) as process:
         try:
-            assert process.pid in processes_naming(tmp_path)
+            until(lambda: process.pid in processes_naming(tmp_path), 5, "the process shows its command line")
             assert processes_naming(tmp_path.with_name(tmp_path.name[:-1])) == {}
         finally:
             process.kill()
