@@ -94,6 +94,7 @@ async def bucket(s3: S3Client) -> AsyncIterator[str]:
         await s3.abort_multipart(name, upload.key, upload.upload_id)
     async for page in s3.list(name):
         await s3.delete_many(name, [item.key for item in page.objects])
+    await s3.control("delete_bucket", name, Bucket=name)
 
 
 @pytest.fixture(scope="session")
