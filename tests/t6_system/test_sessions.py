@@ -28,6 +28,7 @@ from storage_proxy.embedded.sessions import (
 )
 from storage_proxy.embedded.state import StateDirectory
 
+from ..processes import command_lines
 from .stacks import until
 
 pytestmark = [
@@ -142,8 +143,7 @@ async def test_a_cancelled_command_is_ended(runner: SessionRunner, folders: tupl
 
 
 def _sleepers() -> list[str]:
-    lines = subprocess.run(["ps", "-eo", "stat,args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [line for line in lines if "sleep 4711" in line and not line.startswith("Z") and "ps -eo" not in line]
+    return [line for line in command_lines() if "sleep 4711" in line]
 
 
 @pytest.mark.asyncio

@@ -20,6 +20,7 @@ from storage_proxy.embedded.process import start_time
 from storage_proxy.embedded.residue import mounts_below
 from storage_proxy.s3 import Endpoint, S3Client
 
+from ..processes import command_lines
 from .secret_watch import SecretWatch
 from .stacks import SMALL, Up, until
 
@@ -165,9 +166,8 @@ def test_a_session_ends_with_its_stack(tmp_path: Path) -> None:
 
 
 def _commands() -> str:
-    """Command lines of everything that runs, but the session's own client and zombies."""
-    lines = subprocess.run(["ps", "-eo", "stat,args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return "\n".join(line for line in lines if not line.startswith("Z") and "session run" not in line)
+    """Command lines of everything that runs, but the session's own client."""
+    return "\n".join(line for line in command_lines() if "session run" not in line)
 
 
 async def _mounts(endpoints: Endpoints) -> int:
