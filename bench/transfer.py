@@ -4,8 +4,10 @@
 
 Starts its own one-machine stack in a scratch directory. All ways move the same bytes between the same file and the same
 server in the same run, in rotating order. Only the ratios to boto3's transfer manager (its default: 10 threads, 8 MiB
-parts) mean anything: the server, the proxy and the client share the processor. The proxy's memory is its highest
-resident size (VmHWM) after the runs, which the kernel keeps, so no peak is missed.
+parts) mean anything: the server, the proxy and the client share the processor. The server's data are on disk; the file
+that is sent and the one that is received are in memory (/dev/shm, if it has the room), because the disk's write-back
+comes and goes by itself and would be most of what is measured. The proxy's memory is its highest resident size (VmHWM)
+after the runs, which the kernel keeps, so no peak is missed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import asyncio
 import hashlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -27,12 +30,18 @@ from pathlib import Path
 import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from storage_proxy.client.transfer import TransferClient
 
 from storage_proxy.client.manager import ManagerClient
+from storage_proxy.client.transfer import TransferClient
 
 MIB = 1024 * 1024
 GOALS = {"proxied": 0.8, "presigned": 1.0}
+
+
+def place_for_files(size: int) -> str | None:
+    """/dev/shm if the source and one target fit twice; None: the usual place for temporary files."""
+    memory = Path("/dev/shm")
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 4 * size else None
 
 
 def make_file(path: Path, size: int) -> str:
@@ -176,11 +185,15 @@ def main() -> int:
     parser.add_argument("--port-base", type=int, default=21020)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="mooring-bench-") as folder:
-        scratch = Path(folder)
-        process, endpoints = start_stack(scratch / "state", args.port_base)
+    prefix = "mooring-bench-"
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix) as state_folder,
+        tempfile.TemporaryDirectory(prefix=prefix, dir=place_for_files(args.size_mib * MIB)) as folder,
+    ):
+        state, scratch = Path(state_folder) / "state", Path(folder)
+        process, endpoints = start_stack(state, args.port_base)
         try:
-            result = asyncio.run(measure(args, scratch, endpoints, proxy_pid(scratch / "state")))
+            result = asyncio.run(measure(args, scratch, endpoints, proxy_pid(state)))
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
