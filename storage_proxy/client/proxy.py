@@ -1,6 +1,6 @@
 """Client of the storage proxy's manager-facing port, and the shapes of its answers.
 
-Routes, spellings and status codes are those of Backend.AI (docs/wire.md); fields it does not have are additive. Every
+Routes, spellings and status codes are those of Backend.AI (docs/api.md); fields it does not have are additive. Every
 request carries a JSON body, also GET and DELETE, because that is how its manager calls.
 """
 
