@@ -136,6 +136,7 @@ async def mount(
     credential_file: Annotated[
         Path | None,
         typer.Option(
+            "--access-key-file",
             "--credential-file",
             help="Private file (0600) with the keys: two lines, or JSON with access_key and secret_key. "
             "Default: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY from the environment.",

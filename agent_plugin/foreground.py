@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import os
 import re
 import shutil
@@ -26,11 +25,9 @@ from urllib.parse import urlsplit
 
 from storage_proxy.core.config import parse_request
 from storage_proxy.core.errors import (
-    ConfigError,
     Conflict,
     DeadlineExceeded,
     InUse,
-    InvalidRequest,
     MountFailed,
     NotEmpty,
     NotFound,
@@ -38,7 +35,6 @@ from storage_proxy.core.errors import (
 )
 from storage_proxy.core.ids import AccessMode, MountKey
 from storage_proxy.core.logs import get_logger
-from storage_proxy.core.secrets import check_private
 from storage_proxy.core.wire import Location, Ownership, S3Credential
 
 from .config import DriversConfig
@@ -113,23 +109,7 @@ def find_credential(path: Path | None, environ: Mapping[str, str]) -> S3Credenti
     AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN).
     """
     if path is not None:
-        check_private(path)
-        text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("{"):
-            try:
-                data = json.loads(text)
-            except ValueError:
-                raise ConfigError(f"Credential file {path} is not valid JSON.", hint="Write it again.") from None
-        else:
-            lines = [line.strip() for line in text.splitlines() if line.strip()]
-            data = dict(zip(("access_key", "secret_key", "session_token"), lines, strict=False))
-        try:
-            return parse_request(S3Credential, data)
-        except InvalidRequest:
-            raise ConfigError(
-                f"Credential file {path} holds no access key and secret key.",
-                hint='Write two lines, or {"access_key": "...", "secret_key": "..."}.',
-            ) from None
+        return S3Credential.read(path)
     data = {
         "access_key": environ.get("AWS_ACCESS_KEY_ID"),
         "secret_key": environ.get("AWS_SECRET_ACCESS_KEY"),
@@ -138,7 +118,7 @@ def find_credential(path: Path | None, environ: Mapping[str, str]) -> S3Credenti
     if not data["access_key"] or not data["secret_key"]:
         raise UsageError(
             "There is no credential in the environment.",
-            hint="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give --credential-file.",
+            hint="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give --access-key-file.",
         )
     return parse_request(S3Credential, data)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -218,7 +217,7 @@ class VolumeOptions(ConfigModel):
     def credential(self, environ: Mapping[str, str] = os.environ) -> S3Credential:
         """Raises `ConfigError` for a missing file or variable, or one that cannot be used."""
         if self.minio_credential_file is not None:
-            return _read_credential(self.minio_credential_file)
+            return S3Credential.read(self.minio_credential_file)
         access = self.minio_access_key or _variable(environ, self.minio_access_key_env)
         if self.minio_secret_key is not None:
             secret = self.minio_secret_key
@@ -342,22 +341,3 @@ def _variable(environ: Mapping[str, str], name: str | None) -> str:
             f"The environment variable {name} is not set.", hint="Set it, or give the key by file in the configuration."
         )
     return value
-
-
-def _read_credential(path: Path) -> S3Credential:
-    check_private(path)
-    text = path.read_text(encoding="utf-8").strip()
-    try:
-        if text.startswith("{"):
-            data = json.loads(text)
-            access, secret = data["access_key"], data["secret_key"]
-        else:
-            access, secret = text.splitlines()[:2]
-        if not isinstance(access, str) or not isinstance(secret, str) or not access.strip() or not secret.strip():
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"Credential file {path} holds no access key and secret key.",
-            hint='Write {"access_key": "...", "secret_key": "..."}, or the two on two lines.',
-        ) from None
-    return S3Credential(access_key=access.strip(), secret_key=Secret(secret.strip()))

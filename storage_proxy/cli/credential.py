@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..core.errors import RecordNotFound
+from ..core.errors import RecordNotFound, UsageError
 from .connection import ManagerUrlOption, StateOption, TokenFileOption, connect_manager
 from .output import JsonOption, YesOption, confirm, print_json, print_line, print_table, resolve_secret
 
@@ -25,7 +25,10 @@ def register(app: typer.Typer) -> None:
 
 async def add(
     name: Annotated[str, typer.Argument(help="A name for the key pair.")],
-    access_key: Annotated[str, typer.Option(help="The access key (it is no secret).")],
+    access_key: Annotated[str | None, typer.Option(help="The access key (it is no secret).")] = None,
+    access_key_file: Annotated[
+        Path | None, typer.Option(help="Both keys: a 0600 file with JSON (access_key, secret_key) or two lines.")
+    ] = None,
     secret_key_file: Annotated[
         Path | None,
         typer.Option(help="File (mode 0600) with the secret key; else it is asked for, or read from standard input."),
@@ -41,11 +44,20 @@ async def add(
 ) -> None:
     """Store a key pair. The secret key is never taken from the command line, where other users could read it."""
     from ..core.secrets import Secret
+    from ..core.wire import S3Credential
 
-    secret = Secret(resolve_secret(secret_key_file, "Secret key"))
+    if (access_key is None) == (access_key_file is None):
+        raise UsageError("Which key?", hint="Give --access-key-file, or --access-key and --secret-key-file.")
+    if access_key_file is not None:
+        pair = S3Credential.read(access_key_file)
+        if pair.session_token is not None:
+            raise UsageError("A temporary key cannot be stored: it expires.", hint="Make one without session token.")
+        key, secret = pair.access_key, pair.secret_key
+    else:
+        key, secret = access_key or "", Secret(resolve_secret(secret_key_file, "Secret key"))
     scope = f"project:{project}" if project else None
     async with connect_manager(state, manager_url, token_file) as manager:
-        made = await manager.create_credential(name, access_key, secret, endpoint=endpoint, quota_scope=scope)
+        made = await manager.create_credential(name, key, secret, endpoint=endpoint, quota_scope=scope)
     if as_json:
         print_json(made.model_dump(mode="json"))
     else:

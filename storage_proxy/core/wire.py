@@ -6,13 +6,15 @@ import hashlib
 import json
 from datetime import datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from .errors import ConfigError, InvalidPath
 from .ids import AccessMode, MountKey, VFolderID, parse_bucket_name, parse_session_id, parse_volume_name
-from .paths import parse_prefix
-from .secrets import Secret
+from .paths import RelPath, parse_prefix
+from .secrets import Secret, check_private
 
 
 class Wire(BaseModel):
@@ -27,9 +29,6 @@ def _vfid(text: str) -> str:
 
 def _target(text: str) -> str:
     """An absolute path inside a container, without `.` or `..`."""
-    from .errors import InvalidPath
-    from .paths import RelPath
-
     if not text.startswith("/"):
         raise InvalidPath(f"Mount target {text[:80]!r} is not absolute.", hint="Write it as /data or /home/work/name.")
     path = RelPath.parse(text.removeprefix("/"))
@@ -70,6 +69,30 @@ class S3Credential(Wire):
     @classmethod
     def from_sealed(cls, opened: Secret) -> S3Credential:
         return cls.model_validate_json(opened.reveal())
+
+    @classmethod
+    def read(cls, path: Path) -> S3Credential:
+        """From a 0600 file: JSON with access_key and secret_key, or two lines (a third is the session token).
+
+        Raises `ConfigError` for a file that is missing, readable by others, or holds something else.
+        """
+        check_private(path)
+        text = path.read_text(encoding="utf-8")
+        try:
+            if text.lstrip().startswith("{"):
+                data = json.loads(text)
+            else:
+                lines = [line.strip() for line in text.splitlines() if line.strip()]
+                data = dict(zip(("access_key", "secret_key", "session_token"), lines, strict=False))
+            found = cls.model_validate(data)
+            if not found.access_key:
+                raise ValueError("empty access key")
+        except ValueError:  # also what pydantic and json raise
+            raise ConfigError(
+                f"Credential file {path} holds no access key and secret key.",
+                hint='Write {"access_key": "...", "secret_key": "..."}, or the two on two lines.',
+            ) from None
+        return found
 
 
 class Location(Wire):

@@ -40,9 +40,9 @@ from .state import disk_error
 
 PROGRAM = "weed"
 READY_KEY = ".mooring/ready"
-# Every bucket takes up to seven volumes of its own at its first write, and the default number of volumes follows from the
-# free disk: some dozen buckets would use it up. Volumes grow with their content, so many cost nothing; a full disk is
-# noticed by its free space.
+# Every bucket takes up to seven volumes of its own at its first write, and the default number of volumes follows from
+# the free disk: some dozen buckets would use it up. Volumes grow with their content, so many cost nothing; a full disk
+# is noticed by its free space.
 MAX_VOLUMES = 5000
 # Usually 2 to 3 s; its admin part sometimes gives up only after 10 s, and then the filer still has to write.
 STOP_SECONDS = 15.0

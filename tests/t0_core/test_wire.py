@@ -1,11 +1,13 @@
 """Values between the packages: what shares a mount, and what never leaves a process."""
 
+from pathlib import Path
+
 import pytest
 
 from storage_proxy.core.crypto import SealingKey, seal
-from storage_proxy.core.errors import InvalidPath
+from storage_proxy.core.errors import ConfigError, InsecureFileMode, InvalidPath
 from storage_proxy.core.ids import AccessMode
-from storage_proxy.core.secrets import Secret
+from storage_proxy.core.secrets import Secret, write_private
 from storage_proxy.core.wire import BindSpec, Location, MountRequest, Ownership, S3Credential
 
 VFID = "user:12345678-1234-5678-1234-567812345678/12345678123456781234567812345678"
@@ -57,3 +59,24 @@ def test_targets_are_guarded(target: str) -> None:
 def test_a_bind_spec_says_read_only_and_rslave() -> None:
     spec = BindSpec(session_id="s1", vfid=VFID, mount_key="k", source="/run/x", target="/data", read_only=True)
     assert spec.podman_mount() == "type=bind,source=/run/x,target=/data,readonly,bind-propagation=rslave"
+
+
+@pytest.mark.parametrize(
+    "text", ["AK\nhunter2\n", "\n AK \n\nhunter2", '{"access_key": "AK", "secret_key": "hunter2"}', "AK\r\nhunter2\r\n"]
+)
+def test_a_key_file_has_two_lines_or_json(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "key"
+    write_private(path, text.encode())
+    assert S3Credential.read(path) == S3Credential(access_key="AK", secret_key=Secret("hunter2"))
+    path.chmod(0o644)
+    with pytest.raises(InsecureFileMode):
+        S3Credential.read(path)
+
+
+@pytest.mark.parametrize("text", ["", "AK", "{", "[]", '{"access_key": "AK"}', '{"access_key": "", "secret_key": "x"}'])
+def test_other_key_files_are_refused_without_repeating_them(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "key"
+    write_private(path, text.encode())
+    with pytest.raises(ConfigError, match="holds no access key") as caught:
+        S3Credential.read(path)
+    assert "AK" not in str(caught.value)
