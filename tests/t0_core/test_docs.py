@@ -2,13 +2,18 @@
 
 import ast
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+
+from storage_proxy.cli import build_app
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -105,3 +110,33 @@ def test_every_route_is_in_the_api_document() -> None:
             )
     assert len(served) > 40
     assert served <= documented, served - documented
+
+
+def documented_commands() -> list[list[str]]:
+    """The words after `mooring` of every command line in the documents, up to a `--`."""
+    found = []
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in re.findall(r"^ {4}.*?\.venv/bin/mooring (.*)$", text, flags=re.MULTILINE):
+            words = shlex.split(line)
+            found.append(words[: words.index("--")] if "--" in words else words)
+    return found
+
+
+@pytest.mark.parametrize("words", documented_commands(), ids=" ".join)
+def test_documented_commands_exist_with_their_options(words: list[str]) -> None:
+    command: Any = typer.main.get_command(build_app())
+    rest = list(words)
+    while hasattr(command, "commands"):
+        name = rest.pop(0)
+        assert name in command.commands, f"no command {name!r}"
+        command = command.commands[name]
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= known
+
+
+def test_every_command_is_in_the_documents() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    commands: Any = typer.main.get_command(build_app())
+    missing = [name for name in commands.commands if f"mooring {name}" not in text]
+    assert not missing
