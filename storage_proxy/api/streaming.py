@@ -7,13 +7,10 @@ from collections.abc import Mapping
 
 from aiohttp import web
 
-from ..core.errors import MooringError
-from ..core.logs import get_logger
+from ..core.errors import DeadlineExceeded
 from ..s3 import ObjectInfo
 from ..volumes import FolderTree
 from .services import SERVICES
-
-log = get_logger(__name__)
 
 CHUNK = 512 * 1024
 WRITE_BUFFER = 1024 * 1024
@@ -32,8 +29,8 @@ async def stream_file(
 ) -> web.StreamResponse:
     """Answers with `length` bytes from `start` of exactly the version that `info` is.
 
-    Errors before the first byte are raised and become an answer. Later ones cut the connection: an error document would
-    be taken for content. A client that takes nothing for `STALLED_SECONDS` is cut off too.
+    Errors before the first byte become an answer, later ones cut the connection (see `web.errors`); so does a client
+    that takes nothing for `STALLED_SECONDS`.
     """
     response = web.StreamResponse(status=status, headers=headers)
     if request.method == "HEAD" or length == 0:
@@ -49,17 +46,14 @@ async def stream_file(
         if_match=info.etag,
     )
     async with stream:
-        try:
-            await response.prepare(request)
-            if request.transport is not None:
-                request.transport.set_write_buffer_limits(high=WRITE_BUFFER)
-            async for chunk in stream.chunks(CHUNK):
+        await response.prepare(request)
+        if request.transport is not None:
+            request.transport.set_write_buffer_limits(high=WRITE_BUFFER)
+        async for chunk in stream.chunks(CHUNK):
+            try:
                 async with asyncio.timeout(STALLED_SECONDS):
                     await response.write(chunk)
-                metrics.sent.inc(len(chunk))
-        except (MooringError, TimeoutError) as err:
-            log.warning("a download broke off", key=info.key, error=str(err))
-            if request.transport is not None:
-                request.transport.abort()
-            raise ConnectionResetError("the download broke off") from err
+            except TimeoutError:
+                raise DeadlineExceeded(f"The client took nothing for {STALLED_SECONDS:g} s.") from None
+            metrics.sent.inc(len(chunk))
     return response

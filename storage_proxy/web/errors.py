@@ -52,6 +52,15 @@ def _http_problem(error: web.HTTPException, request_id: str) -> web.Response:
     )
 
 
+def _cut_if_begun(request: web.Request) -> None:
+    """An error document behind the first bytes of an answer would be taken for its content: cut the connection.
+
+    The document is still made, but finds no connection to go to.
+    """
+    if request.writer.output_size > 0 and request.transport is not None:
+        request.transport.abort()
+
+
 @web.middleware
 async def edge_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Outermost middleware of every application. Access lines carry the path, never the query string (tokens)."""
@@ -68,12 +77,14 @@ async def edge_middleware(request: web.Request, handler: Handler) -> web.StreamR
             response = _http_problem(error, request_id)
         except MooringError as error:
             log.log(error.log_level, error.message, error_code=error.code, detail=error.detail, path=request.path)
+            _cut_if_begun(request)
             response = problem_answer(error, request_id)
         except (asyncio.CancelledError, ConnectionResetError):
             status = 499  # the client went away
             raise
         except Exception as error:
             log.exception("unexpected error", path=request.path)
+            _cut_if_begun(request)
             bug = InternalError(
                 f"An unexpected {type(error).__name__} happened here.",
                 hint=f"Look for request id {request_id} in the log of this process.",

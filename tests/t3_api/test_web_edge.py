@@ -53,6 +53,14 @@ async def echo(request: web.Request) -> web.Response:
     return json_answer(await read_json(request, Body))
 
 
+@public
+async def breaks_off(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Length": "1000"})
+    await response.prepare(request)
+    await response.write(b"x" * 10)
+    raise S3Unavailable("S3 does not answer.")
+
+
 @require("admin")
 async def admin(_: web.Request) -> web.Response:
     return json_answer({"ok": True})
@@ -76,6 +84,7 @@ def application(*extra: web.RouteDef) -> web.Application:
             web.get("/missing", missing),
             web.get("/later", later),
             web.get("/bug", bug),
+            web.get("/breaks-off", breaks_off),
             web.post("/echo", echo),
             web.get("/admin", admin),
             *extra,
@@ -117,6 +126,15 @@ async def test_a_bug_tells_the_request_id_and_nothing_else() -> None:
         assert answer.status == 500
         assert "hunter2" not in text
         assert answer.headers["X-Request-ID"] in json.loads(text)["hint"]
+
+
+@pytest.mark.expects_log("S3 does not answer")
+async def test_an_error_never_becomes_part_of_an_answer_that_has_begun() -> None:
+    async with await client_for(application()) as client:
+        answer = await client.get("/breaks-off")
+        assert await answer.content.readexactly(10) == b"x" * 10
+        with pytest.raises(aiohttp.ClientError):
+            await answer.content.read()
 
 
 @pytest.mark.parametrize(("path", "method", "status"), [("/none", "GET", 404), ("/echo", "GET", 405)])
