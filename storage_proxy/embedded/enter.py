@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import warnings  # noqa: F401  # os.execvpe imports it late, when the new root has no standard library any more
 from typing import Any, NoReturn
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = (

@@ -193,6 +193,10 @@ class SessionRunner:
         return self._state.containers_dir / "root"
 
     @property
+    def _podman_run(self) -> Path:
+        return self._state.runtime_dir / "podman" / "run"
+
+    @property
     def _conf(self) -> Path:
         return self._state.containers_dir / "containers.conf"
 
@@ -222,11 +226,12 @@ volume_path = {json.dumps(str(base / "volumes"))}
 
     def _podman(self, *words: str) -> list[str]:
         # vfs: a session brings its root as a directory, so no image layers exist and no overlay mount is left.
-        store = ["--root", str(self._podman_root), "--runroot", str(self._state.runtime_dir / "podman" / "run")]
+        store = ["--root", str(self._podman_root), "--runroot", str(self._podman_run)]
         return ["podman", *store, "--storage-driver", "vfs", *words]
 
     def _podman_env(self) -> dict[str, str]:
-        return child_environment({"CONTAINERS_CONF": str(self._conf)})
+        # podman 5 warns about a host with the older cgroups, on the standard error that belongs to the command.
+        return child_environment({"CONTAINERS_CONF": str(self._conf), "PODMAN_IGNORE_CGROUPSV1_WARNING": "1"})
 
     async def _run_podman(self, command: SessionCommand) -> SessionResult:
         name = f"mooring-{uuid.uuid4().hex[:12]}"
@@ -241,8 +246,7 @@ volume_path = {json.dumps(str(base / "volumes"))}
             "--env",
             f"PATH={SESSION_PATH}",
         ]
-        cid_file = root.with_name("cid")
-        argv += ["--env", "HOME=/tmp", "--cidfile", str(cid_file)]
+        argv += ["--env", "HOME=/tmp"]
         if command.interactive:
             argv += ["--interactive"]
         for bind in command.binds:
@@ -255,7 +259,7 @@ volume_path = {json.dumps(str(base / "volumes"))}
             await finish(self._podman_quietly("rm", "--force", "--ignore", "--time", "0", name))
             raise
         finally:
-            await finish(_settled(cid_file))
+            await finish(_settled(Path(name), self._podman_run))
             self._remove_root(name)
 
     async def _podman_quietly(self, *words: str) -> None:
@@ -287,15 +291,27 @@ volume_path = {json.dumps(str(base / "volumes"))}
             self._remove_root(name)
 
 
-async def _settled(cid_file: Path) -> None:
-    """Waits for the container's monitor and its clean-up, which end a little later than podman itself."""
-    try:
-        container = Path(cid_file.read_text(encoding="ascii").strip())
-    except OSError:
-        return
+async def _settled(name: Path, run_root: Path) -> None:
+    """Waits for the container's monitor and its clean-up, which end a little later than podman itself.
+
+    The monitor carries the container's name. The clean-up carries only its id, which podman 5 has forgotten by now, so
+    any clean-up of this stack's podman is waited for; it takes a fraction of a second.
+    """
     end = time.monotonic() + SETTLE_DEADLINE_SECONDS
-    while processes_naming(container) and time.monotonic() < end:  # noqa: ASYNC110  # not our children
+    while (processes_naming(name) or _cleans_up(run_root)) and time.monotonic() < end:  # noqa: ASYNC110  # not ours
         await asyncio.sleep(0.02)
+
+
+def _cleans_up(run_root: Path) -> bool:
+    wanted = {b"cleanup", os.fsencode(run_root)}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
+                # The monitor has the same words among its own: they are what it will start.
+                if wanted <= set(words) and not words[0].endswith(b"conmon"):
+                    return True
+    return False
 
 
 async def _execute(argv: Sequence[str], env: dict[str, str], command: SessionCommand) -> SessionResult:
