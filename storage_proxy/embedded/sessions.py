@@ -143,7 +143,7 @@ class SessionRunner:
 
     async def remove_leftovers(self) -> None:
         """Removes containers that a killed stack left running (they survive their starter)."""
-        if not (self._podman_root / "libpod").exists() or shutil.which("podman") is None or not self._conf.exists():
+        if not self._podman_root.is_dir() or shutil.which("podman") is None or not self._conf.exists():
             return
         await self._podman_quietly("rm", "--force", "--all", "--time", "0")
 
