@@ -57,14 +57,15 @@ class HwInfoAnswer(Wire):
 
 
 class BindingOptions(Wire):
-    """`options.binding` of POST /folder/create: an existing bucket (or a directory of it) becomes the folder."""
+    """`options.binding` of POST /folder/create: an existing bucket (or a directory of it) becomes the folder;
+    without `endpoint` on the volume's own server."""
 
     bucket: BucketText
     prefix: PrefixText = ""
     read_only: bool = False
     credential: S3Credential
-    endpoint: str | None = None
-    region: str | None = None
+    endpoint: str | None = Field(default=None, max_length=1024)
+    region: str | None = Field(default=None, max_length=64)
 
     def to_body(self) -> dict[str, Any]:  # Any: JSON
         """The JSON with the keys in clear, for the one request that must carry them."""

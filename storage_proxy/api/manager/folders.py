@@ -5,27 +5,16 @@ from __future__ import annotations
 import uuid
 
 from aiohttp import web
-from pydantic import Field
 
+from ...client.proxy import BindingOptions
 from ...core.paths import RelPath
-from ...core.wire import BucketText, Location, PrefixText, S3Credential
+from ...core.wire import Location
 from ...volumes import Binding, Usage
 from ...web import json_answer, read_json, require
 from ..fields import FolderRequest, PathField, RequestModel, VolumeRequest
 from ..services import SERVICES
 
 routes = web.RouteTableDef()
-
-
-class BindingOptions(RequestModel):
-    """An existing bucket, or a directory of it; without `endpoint` on the volume's own server."""
-
-    bucket: BucketText
-    prefix: PrefixText = ""
-    read_only: bool = False
-    credential: S3Credential
-    endpoint: str | None = Field(default=None, max_length=1024)
-    region: str | None = Field(default=None, max_length=64)
 
 
 class CreateOptions(RequestModel):
