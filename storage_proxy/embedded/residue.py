@@ -130,6 +130,29 @@ def stack_processes(state: StateDirectory) -> dict[int, str]:
     return processes_naming(*parts)
 
 
+def session_processes(state: StateDirectory) -> dict[int, str]:
+    """pid -> program of what runs in a session of this stack, in a container or a mount namespace.
+
+    Its command line is the user's own, so its mount table tells: the root of a session is a directory of ours.
+    """
+    # A mount table counts its root field from the root of a file system; the directory's name alone is unique.
+    below = os.fsencode(f"/{state.runtime_dir.name}/sessions/")
+    ours = Path("/proc/self/ns/mnt").stat().st_ino
+    found: dict[int, str] = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # ended, or not ours to look at
+            process = Path("/proc", entry)
+            if (process / "ns/mnt").stat().st_ino == ours:
+                continue
+            for line in (process / "mountinfo").read_bytes().splitlines():
+                fields = line.split(b" ", 5)
+                if fields[4] == b"/" and below in fields[3]:
+                    found[int(entry)] = os.fsdecode((process / "comm").read_bytes().strip())
+    return found
+
+
 def credential_files(state: StateDirectory) -> list[Path]:
     """Files below the runtime directory's credential folder, and generated configuration (both hold secrets)."""
     found: list[Path] = []
@@ -143,7 +166,8 @@ def find(state: StateDirectory) -> list[str]:
     """One sentence for each thing that a stopped stack should not have left; empty is what we promise."""
     folders = (state.runtime_dir, state.containers_dir, state.run_dir)
     result = [f"mount {mount.path} ({mount.fs_type})" for folder in folders for mount in mounts_below(folder)]
-    result += [f"process {pid} ({program})" for pid, program in sorted(stack_processes(state).items())]
+    processes = stack_processes(state) | session_processes(state)
+    result += [f"process {pid} ({program})" for pid, program in sorted(processes.items())]
     result += [f"credential file {path}" for path in credential_files(state)]
     if state.endpoints_file.exists():
         result.append(f"file {state.endpoints_file}")
@@ -153,19 +177,23 @@ def find(state: StateDirectory) -> list[str]:
 async def clean(state: StateDirectory, deadline: float = 8.0) -> list[str]:
     """Takes away what `find` finds, except the files (the state directory clears those). Returns what it did."""
     done: list[str] = []
+    # Sessions first: the monitor of a container that is ended would leave the container running.
+    sessions = session_processes(state)
+    _signal(sessions, signal.SIGKILL)
+    done += [f"ended process {pid} ({program}) of a session" for pid, program in sorted(sessions.items())]
     processes = stack_processes(state)
     _signal(processes, signal.SIGTERM)
     done += [f"ended process {pid} ({program})" for pid, program in sorted(processes.items())]
     await _until(lambda: not _running(processes), deadline / 2)
     # A FUSE server whose mount hangs ends only when the connection is cut, so mounts go before SIGKILL.
-    for mount in reversed(mounts_below(state.runtime_dir)):
+    for mount in reversed(mounts_below(state.runtime_dir) + mounts_below(state.containers_dir)):
         if mount.is_fuse:
             abort_fuse(mount)
         if _unmount(mount.path):
             done.append(f"unmounted {mount.path}")
     rest = stack_processes(state)
     _signal(rest, signal.SIGKILL)
-    await _until(lambda: not _running(rest), deadline / 2)
+    await _until(lambda: not _running(rest | sessions), deadline / 2)
     if done:
         log.info("cleaned what an earlier stack left", actions=done)
     return done

@@ -142,10 +142,18 @@ class SessionRunner:
         return await (self._run_podman(command) if choice.runtime is Runtime.PODMAN else self._run_namespace(command))
 
     async def remove_leftovers(self) -> None:
-        """Removes containers that a killed stack left running (they survive their starter)."""
+        """Removes containers that a killed stack left running (they survive their starter).
+
+        Again until no podman of this stack runs: one that was just starting a container may do so after the first time.
+        """
         if not self._podman_root.is_dir() or shutil.which("podman") is None or not self._conf.exists():
             return
-        await self._podman_quietly("rm", "--force", "--all", "--time", "0")
+        end = time.monotonic() + REMOVE_DEADLINE_SECONDS
+        while True:
+            await self._podman_quietly("rm", "--force", "--all", "--time", "0")
+            if not processes_naming(self._podman_run) or time.monotonic() > end:
+                return
+            await asyncio.sleep(0.1)
 
     # --- the root file system -----------------------------------------------------------------------------------------
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -165,6 +167,26 @@ def test_the_busybox_is_static_and_python_is_not() -> None:
 
 
 # --- residue ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.asyncio
+@pytest.mark.expects_log("podman did not remove a container")
+async def test_a_container_without_its_monitor_is_found_and_ended(
+    runner: SessionRunner, state: StateDirectory, folders: tuple[BindSpec, BindSpec]
+) -> None:
+    task = asyncio.create_task(runner.run(command("touch '/home/work/out put/begun'; sleep 4711", *folders)))
+    begun = Path(folders[0].source) / "begun"
+    await asyncio.to_thread(until, begun.exists, 10, "the session runs")
+    for pid, program in processes_naming(state.runtime_dir).items():
+        if program == "conmon":
+            os.kill(pid, signal.SIGKILL)
+    assert any("(sleep)" in line for line in find(state))
+    await clean(state)
+    assert _sleepers() == []
+    with contextlib.suppress(asyncio.CancelledError):
+        task.cancel()
+        await task
+    await clean(state)
 
 
 @pytest.mark.asyncio

@@ -153,7 +153,8 @@ def test_two_stacks_side_by_side(tmp_path: Path) -> None:
 SLEEP = str(100_000 + os.getpid())
 
 
-def test_a_session_ends_with_its_stack(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["starting", "running"])
+def test_a_session_ends_with_its_stack(tmp_path: Path, moment: str) -> None:
     mooring = [sys.executable, "-m", "storage_proxy"]
     env = {**os.environ, "MOORING_STATE": str(tmp_path / "s")}
     with Up(tmp_path / "s", "--no-job") as up:
@@ -162,7 +163,10 @@ def test_a_session_ends_with_its_stack(tmp_path: Path) -> None:
         argv = [*mooring, "session", "run", "--folder", "notes", "--", "sleep", SLEEP]
         with subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as session:
             until(lambda: any(m.is_fuse for m in mounts_below(up.state.runtime_dir)), 60, "a mount")
-            until(lambda: f"sleep {SLEEP}" in _commands(), 30, "the command runs")
+            if moment == "starting":  # the runtime's own command line names it before it runs
+                until(lambda: f"sleep {SLEEP}" in _commands(), 30, "the command starts")
+            else:
+                until(lambda: f"sleep {SLEEP}" in _commands().splitlines(), 30, "the command runs")
             assert up.stop() == 0
             assert session.wait(30) != 0
         assert f"sleep {SLEEP}" not in _commands()
