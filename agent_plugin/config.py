@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from storage_proxy.core.config import ConfigModel
+from storage_proxy.core.config import ConfigModel, Size
 from storage_proxy.core.ids import parse_agent_id
 
 # sun_path holds 108 bytes with the NUL at its end (unix(7)).
@@ -68,6 +68,51 @@ class AgentSection(ConfigModel):
         default=200, ge=1, description="From this number of mounts on, the status carries a warning."
     )
     max_mounts: int = Field(default=500, ge=1, description="No more mounts than this; further attaches are refused.")
+    watch_interval: float = Field(
+        default=1.0, ge=0.1, le=60, description="Seconds between two looks at the mount processes."
+    )
+    hang_deadline: float = Field(
+        default=5.0,
+        ge=1,
+        le=600,
+        description="Seconds after which a mount process that does not answer is given up: its callers are freed and\n"
+        "another one takes its place.",
+    )
+    s3_check_interval: float = Field(
+        default=60.0, ge=1, le=3600, description="Seconds between two looks through each used mount into S3."
+    )
+    repair_attempts: int = Field(
+        default=8,
+        ge=1,
+        le=1000,
+        description="How often in a row a dead mount is started anew before it is failed. Attempts while the S3 server\n"
+        "is away do not count.",
+    )
+    repair_pause: float = Field(default=15.0, ge=0, le=600, description="Longest pause in seconds between two attempts.")
+    reconcile_interval: float = Field(
+        default=60.0,
+        ge=1,
+        le=3600,
+        description="Seconds between two comparisons of journal, mount table, processes and containers.",
+    )
+    release_unheld_after: float = Field(
+        default=3600.0,
+        ge=0,
+        description="Seconds after which an attachment is released that a container held and none holds any more.\n"
+        "0: never.",
+    )
+    mount_memory_limit: Size | None = Field(
+        default=None,
+        description="Memory that one mount process may use; above it the kernel ends it and it is started anew.",
+        examples=["1GiB"],
+    )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="Port on 127.0.0.1 for Prometheus and health checks. Default: only on the socket.",
+        examples=[16025],
+    )
     allowed_uids: tuple[int, ...] = Field(
         default=(0,), description="Users that may call the API, checked by the kernel's word on who is connected."
     )
