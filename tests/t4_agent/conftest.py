@@ -11,6 +11,7 @@ from storage_proxy.s3 import S3Client
 from tests.conftest import S3Server
 
 from .node import Node, skip_reason
+from .podman import Podman, missing_programs, podman_in, podman_trouble
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +25,19 @@ def node(s3_server: S3Server) -> Iterator[Node]:
     made = Node(s3_server.endpoint.url, s3_server.admin)
     yield made
     made.destroy()
+
+
+@pytest_asyncio.fixture
+async def podman(node: Node) -> AsyncIterator[Podman]:
+    """A podman whose containers end before the node does."""
+    if reason := missing_programs():
+        pytest.skip(reason)
+    place = node.place / "podman"
+    place.mkdir()
+    async with podman_in(place) as made:
+        if reason := await podman_trouble(made):
+            pytest.skip(reason)
+        yield made
 
 
 @pytest_asyncio.fixture
