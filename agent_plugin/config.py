@@ -161,6 +161,12 @@ class RedisSection(ConfigModel):
     ttl: float = Field(
         default=20.0, ge=1, le=3600, description="Seconds after which a report that is not renewed vanishes."
     )
+    retention: float = Field(
+        default=86400.0,
+        ge=1,
+        le=30 * 86400,
+        description="Seconds that the last word of a node which went away stays, so that it is seen to be away.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> RedisSection:
@@ -168,6 +174,8 @@ class RedisSection(ConfigModel):
             raise ValueError("url must start with redis://, rediss:// or unix://")
         if self.ttl <= self.heartbeat:
             raise ValueError("ttl must be longer than heartbeat")
+        if self.retention < self.ttl:
+            raise ValueError("retention must not be shorter than ttl")
         return self
 
 

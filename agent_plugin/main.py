@@ -101,7 +101,11 @@ async def running(config: AgentConfig) -> AsyncIterator[Server]:
             stack.push_async_callback(attachments.stop_all)
         else:
             (await reconciler.adopt(attachments, mounter, binds)).tell()
-        publisher = None if config.redis is None else StatusPublisher(section.id, config.redis, attachments)
+        publisher = None
+        if config.redis is not None:
+            publisher = StatusPublisher(
+                section.id, config.redis, attachments, mounts_stay=not section.stop_mounts_on_exit
+            )
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(_trim(layout), name="trim logs")]
             if publisher is not None:

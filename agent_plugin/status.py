@@ -1,13 +1,7 @@
-"""The state of this node in Redis, for whoever looks at many nodes.
+"""The state of this node in Redis, for whoever looks at many nodes; `storage_proxy.core.noticeboard` names the keys.
 
-    mooring:agent:{agent}                           hash: heartbeat, version, pid, counts, warnings
-    mooring:mount:{agent}:{key}                     hash: one mount
-    mooring:attachment:{agent}:{session}:{folder}   hash: one attachment (folder: 32 hex digits)
-    channel mooring:events:{agent}                  JSON of each transition
-
-Every key has a time to live and is written anew at each heartbeat, so what is not renewed is stale and vanishes. Redis
-is told, never asked: when it is down mounting goes on, and the next report that gets through brings everything up to
-date.
+Redis is told, never asked: when it is down mounting goes on, and the next report that gets through brings everything up
+to date. What happened meanwhile is told too, in order, up to `_MAX_EVENTS`; the numbers of the events show a gap.
 """
 
 from __future__ import annotations
@@ -16,34 +10,51 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from typing import cast
 
 import redis.asyncio as redis
 from redis.exceptions import RedisError
+from redis.typing import EncodableT, FieldT
 
 from storage_proxy import __version__
+from storage_proxy.core import noticeboard
 from storage_proxy.core.logs import get_logger, redact_text
+from storage_proxy.core.noticeboard import AgentState
 
 from .attachments import Attachments, Transition
 from .config import RedisSection
+from .events import Event, EventKind
 
 log = get_logger(__name__)
 
 _CALL_SECONDS = 2.0
-_MAX_EVENTS = 1000  # transitions kept while Redis is away; older ones are told by the state itself
+_REPORT_SECONDS = 2 * _CALL_SECONDS
+_PAUSE_SECONDS = 0.1  # between two reports, however much happens: one tells everything
+_MAX_EVENTS = 1000  # events kept while Redis is away; of older ones the state itself tells the outcome
 
 
 class StatusPublisher:
-    """Reports at every transition and at every heartbeat. Use `run` in a task; it ends when cancelled."""
+    """Reports after every event and at every heartbeat. Use `run` in a task; it ends when cancelled.
 
-    def __init__(self, agent_id: str, config: RedisSection, attachments: Attachments) -> None:
+    `mounts_stay`: the mounts outlive this agent, so they are not withdrawn when it stops.
+    """
+
+    def __init__(
+        self, agent_id: str, config: RedisSection, attachments: Attachments, *, mounts_stay: bool = False
+    ) -> None:
         self._agent_id = agent_id
         self._config = config
         self._attachments = attachments
-        self._events: deque[Transition] = deque(maxlen=_MAX_EVENTS)
+        self._mounts_stay = mounts_stay
+        self._boot = secrets.token_hex(4)  # tells this run of the agent from the one before
+        self._started = time.time()
+        self._events: deque[tuple[int, Event]] = deque(maxlen=_MAX_EVENTS)
+        self._counted = 0
         self._changed = asyncio.Event()
         self._written: set[str] = set()
         self.last_success: float | None = None
@@ -51,7 +62,9 @@ class StatusPublisher:
         attachments.listen(self._note)
 
     def _note(self, step: Transition) -> None:
-        self._events.append(step)
+        event = Event(step.at, EventKind.STATE, step.key, step.plan, step.old, step.new, step.error)
+        self._counted += 1
+        self._events.append((self._counted, event))
         self._changed.set()
 
     async def run(self) -> None:
@@ -64,17 +77,18 @@ class StatusPublisher:
         try:
             while True:
                 await self._try(client, self.report)
+                await asyncio.sleep(min(_PAUSE_SECONDS, self._config.heartbeat))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._config.heartbeat):
                         await self._changed.wait()
         finally:
-            # A stopped agent says so: its keys go at once instead of becoming stale.
-            await asyncio.shield(self._try(client, self.withdraw))
+            # A stopped agent says so, which tells it from one that vanished.
+            await asyncio.shield(self._try(client, self.take_leave))
             await client.aclose()
 
     async def _try(self, client: redis.Redis, work: Callable[[redis.Redis], object]) -> None:
         try:
-            async with asyncio.timeout(_CALL_SECONDS * 2):
+            async with asyncio.timeout(_REPORT_SECONDS):
                 await work(client)  # type: ignore[misc]  # both are coroutine functions
         except Exception as err:  # also a bug here must not reach the mounts
             if not isinstance(err, (RedisError, OSError, TimeoutError)) and self.last_error is None:
@@ -89,50 +103,59 @@ class StatusPublisher:
             self.last_error, self.last_success = None, time.time()
 
     async def report(self, client: redis.Redis) -> None:
-        """Everything, in one transaction; then the transitions since the last report."""
+        """Everything, in one transaction, with the events since the last report."""
         self._changed.clear()
+        await self._write(client, self.snapshot(), self.index())
+
+    async def take_leave(self, client: redis.Redis) -> None:
+        """The last word: stopped in order. Mounts that stay are shown until their time to live ends or the next agent
+        has taken them over."""
+        if self._mounts_stay:
+            await self._write(client, self.snapshot(AgentState.STOPPED), self.index())
+        else:
+            await self._write(
+                client, {self._name: {**self._node(AgentState.STOPPED), "mounts": 0, "volumes": "{}"}}, {}
+            )
+
+    async def _write(
+        self, client: redis.Redis, hashes: Mapping[str, Mapping[str, object]], sets: Mapping[str, set[str]]
+    ) -> None:
         events = list(self._events)
-        hashes = self.snapshot()
-        gone = self._written - hashes.keys()
-        ttl_ms = int(self._config.ttl * 1000)
+        gone = self._written - hashes.keys() - sets.keys()
+        ttl, retention = int(self._config.ttl * 1000), int(self._config.retention * 1000)
+        now = time.time()
         async with client.pipeline(transaction=True) as pipe:
             for name, fields in hashes.items():
                 pipe.delete(name)
                 pipe.hset(name, mapping={field: str(value) for field, value in fields.items()})
-                pipe.pexpire(name, ttl_ms)
+                pipe.pexpire(name, retention if name == self._name else ttl)
+            for name, members in sets.items():
+                pipe.delete(name)
+                pipe.sadd(name, *members)
+                pipe.pexpire(name, ttl)
             for name in gone:
                 pipe.delete(name)
-            for step in events:
-                pipe.publish(f"mooring:events:{self._agent_id}", json.dumps(self._event(step)))
+            pipe.zadd(noticeboard.AGENTS, {self._agent_id: now})
+            # Twice, so that an agent with a clock of its own does not forget the others.
+            pipe.zremrangebyscore(noticeboard.AGENTS, "-inf", now - 2 * self._config.retention)
+            for number, event in events:
+                # redis-py wants the widest types for keys and values of a mapping, which is invariant.
+                entry = cast("dict[FieldT, EncodableT]", self._entry(number, event))
+                pipe.xadd(noticeboard.EVENTS, entry, maxlen=noticeboard.MAX_EVENTS, approximate=True)
+            if events:
+                pipe.pexpire(noticeboard.EVENTS, retention)
             await pipe.execute()
-        for _ in events:
+        while events and self._events and self._events[0][0] <= events[-1][0]:
             self._events.popleft()
-        self._written = set(hashes)
+        self._written = {*hashes, *sets} - {self._name}
 
-    async def withdraw(self, client: redis.Redis) -> None:
-        if self._written:
-            await client.delete(*self._written)
-            self._written = set()
-
-    def snapshot(self) -> dict[str, Mapping[str, object]]:
+    def snapshot(self, state: AgentState = AgentState.RUNNING) -> dict[str, Mapping[str, object]]:
         """Key name -> fields. No secrets: there are none in plans and attachments."""
         now = _time(time.time())
-        mounts = self._attachments.mounts()
-        warnings = self._attachments.warnings()
-        hashes: dict[str, Mapping[str, object]] = {
-            f"mooring:agent:{self._agent_id}": {
-                "agent_id": self._agent_id,
-                "version": __version__,
-                "pid": os.getpid(),
-                "heartbeat": now,
-                "mounts": len(mounts),
-                "attachments": sum(len(items) for _, items in mounts),
-                "warnings": json.dumps(warnings),
-            }
-        }
-        for record, items in mounts:
+        hashes: dict[str, Mapping[str, object]] = {self._name: self._node(state)}
+        for record, items in self._attachments.mounts():
             plan = record.plan
-            hashes[f"mooring:mount:{self._agent_id}:{record.key}"] = {
+            hashes[noticeboard.mount(self._agent_id, record.key)] = {
                 "key": record.key,
                 "agent_id": self._agent_id,
                 "volume": plan.volume,
@@ -149,7 +172,8 @@ class StatusPublisher:
                 "heartbeat": now,
             }
             for item in items:
-                hashes[f"mooring:attachment:{self._agent_id}:{item.session}:{item.vfid.hex}"] = {
+                member = noticeboard.attachment_member(item.session, item.vfid.hex)
+                hashes[noticeboard.attachment(self._agent_id, member)] = {
                     "agent_id": self._agent_id,
                     "session_id": item.session,
                     "vfid": str(item.vfid),
@@ -163,18 +187,68 @@ class StatusPublisher:
                 }
         return hashes
 
-    def _event(self, step: Transition) -> dict[str, object]:
+    def index(self) -> dict[str, set[str]]:
+        """Key name -> members: what there is of each volume, so that readers need not search."""
+        sets: dict[str, set[str]] = {}
+        for record, items in self._attachments.mounts():
+            volume = record.plan.volume
+            sets.setdefault(noticeboard.mounts(self._agent_id, volume), set()).add(record.key)
+            for item in items:
+                members = sets.setdefault(noticeboard.attachments(self._agent_id, volume), set())
+                members.add(noticeboard.attachment_member(item.session, item.vfid.hex))
+        return sets
+
+    @property
+    def _name(self) -> str:
+        return noticeboard.agent(self._agent_id)
+
+    def _node(self, state: AgentState) -> dict[str, object]:
+        mounts = self._attachments.mounts()
+        volumes: dict[str, dict[str, object]] = {}
+        for volume in sorted({record.plan.volume for record, _ in mounts}):
+            here = [(record, items) for record, items in mounts if record.plan.volume == volume]
+            volumes[volume] = {
+                "by_state": dict(sorted(Counter(record.state.value for record, _ in here).items())),
+                "attachments": sum(len(items) for _, items in here),
+            }
+        config = self._config
         return {
-            "at": _time(step.at),
             "agent_id": self._agent_id,
-            "key": step.key,
-            "volume": step.plan.volume,
-            "bucket": step.plan.location.bucket,
-            "prefix": step.plan.location.prefix,
-            "from": step.old.value,
-            "to": step.new.value,
-            "error": step.error,
+            "version": __version__,
+            "pid": os.getpid(),
+            "boot": self._boot,
+            "started": _time(self._started),
+            "state": state.value,
+            "heartbeat": _time(time.time()),
+            "heartbeat_interval": config.heartbeat,
+            # The next report is sent after the interval and has this long to arrive.
+            "stale_after": min(config.ttl, config.heartbeat + _PAUSE_SECONDS + _REPORT_SECONDS),
+            "ttl": config.ttl,
+            "retention": config.retention,
+            "mounts": len(mounts),
+            "attachments": sum(len(items) for _, items in mounts),
+            "volumes": json.dumps(volumes),
+            "warnings": json.dumps(self._attachments.warnings()),
         }
+
+    def _entry(self, number: int, event: Event) -> dict[str, str]:
+        """One event for the stream. `boot` and `number` name it once, also when it had to be sent twice."""
+        fields: dict[str, object] = {
+            "at": _time(event.at),
+            "agent_id": self._agent_id,
+            "boot": self._boot,
+            "number": number,
+            "kind": event.kind.value,
+            "key": event.key,
+            "volume": event.plan.volume if event.plan else None,
+            "bucket": event.plan.location.bucket if event.plan else None,
+            "prefix": event.plan.location.prefix if event.plan else None,
+            "from": event.old.value if event.old else None,
+            "to": event.new.value if event.new else None,
+            "error": event.error,
+            "detail": json.dumps(dict(event.detail), default=str) if event.detail else None,
+        }
+        return {name: str(value) for name, value in fields.items() if value is not None}
 
 
 def _time(seconds: float) -> str:

