@@ -100,17 +100,20 @@ class FsUsageAnswer(Wire):
 
 
 class MountCredentialRequest(Wire):
-    """`recipient_key`: base64url of the agent's X25519 public key; only that agent opens the answer."""
+    """`recipient_key`: base64url of the agent's X25519 public key; only that agent opens the answer. `credential_id`:
+    the credential that the session has already, to be renewed under the same id."""
 
     volume: VolumeText
     vfid: VFolderText
     mode: AccessMode
     recipient_key: str
     session_id: SessionText
+    credential_id: str | None = None
 
 
 class MountCredentialAnswer(Wire):
-    """`sealed_credential` opens with context `credential_id`. `revoke_ref` is None if there is nothing to revoke."""
+    """`sealed_credential` opens with context `credential_id`. `revoke_ref` is None if there is nothing to revoke,
+    `expires_at` if the key does not end."""
 
     location: Location
     read_only: bool = False
@@ -232,8 +235,11 @@ class ProxyClient(HttpService):
         return await self.get("/folder/usage", UsageAnswer, body={"volume": volume, "vfid": vfid}, timeout=LONG_SECONDS)
 
     async def issue_mount_credential(self, request: MountCredentialRequest) -> MountCredentialAnswer:
-        """Keys for one folder and one session, sealed. Not repeated on failure: each call makes an identity."""
-        return await self.post("/folder/mount-credential", MountCredentialAnswer, body=request.model_dump(mode="json"))
+        """Keys for one folder and one session, sealed. Not repeated on failure, since each call may make an identity;
+        a renewal makes no further one and is."""
+        body = request.model_dump(mode="json", exclude_none=True)
+        renewal = request.credential_id is not None
+        return await self.post("/folder/mount-credential", MountCredentialAnswer, body=body, idempotent=renewal)
 
     async def revoke_mount_credential(self, volume: str, revoke_ref: str) -> None:
         """Idempotent: an unknown reference counts as revoked."""

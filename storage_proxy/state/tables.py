@@ -70,10 +70,12 @@ class Upload(Base):
 
 
 class CredentialState(StrEnum):
-    """A row exists before the key does, so that a crash between the two leaves a trace."""
+    """A row exists before the key does, so that a crash between the two leaves a trace. `retired`: a key that was
+    renewed; mounts that began with it may still have files open, so it lives until its own time is over."""
 
     ISSUING = "issuing"
     LIVE = "live"
+    RETIRED = "retired"
     REVOKING = "revoking"
 
 
@@ -91,14 +93,17 @@ class MountCredential(Base):
     vfid: Mapped[str] = mapped_column(String(96))
     mode: Mapped[str] = mapped_column(String(2), comment="ro or rw")
     recipient_key: Mapped[str] = mapped_column(String(64), comment="public key of the agent it is sealed to")
-    state: Mapped[str] = mapped_column(String(16), comment="issuing, live or revoking")
+    state: Mapped[str] = mapped_column(String(16), comment="issuing, live, retired or revoking")
     method: Mapped[str | None] = mapped_column(String(16), comment="sts, iam or parent")
     revoke_ref: Mapped[str | None] = mapped_column(String(512), comment="what the issuer needs to revoke it")
     access_key: Mapped[str | None] = mapped_column(String(256))
     secret_key: Mapped[str | None] = mapped_column(EncryptedText(1024), comment="place = this row's id")
     session_token: Mapped[str | None] = mapped_column(EncryptedText(8192), comment="place = this row's id; only sts")
     attempts: Mapped[int] = mapped_column(Integer, default=0, comment="failed attempts to revoke it")
-    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    former_of: Mapped[str | None] = mapped_column(
+        String(32), index=True, comment="id of the credential that this retired key belonged to before its renewal"
+    )
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime, comment="when the key of this row was made")
     expires_at: Mapped[datetime] = mapped_column(UTCDateTime)
 
 

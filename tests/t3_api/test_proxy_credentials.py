@@ -23,13 +23,10 @@ pytestmark = pytest.mark.asyncio
 
 
 async def issue(
-    stand: ProxyStand, vfid: str, agent: SealingKey, session: str = "s1", mode: str = "rw"
+    stand: ProxyStand, vfid: str, agent: SealingKey, session: str = "s1", mode: str = "rw", **more: str
 ) -> tuple[dict[str, Any], S3Credential]:
-    answer = await stand.call(
-        "POST",
-        "/folder/mount-credential",
-        {"volume": "minio", "vfid": vfid, "mode": mode, "recipient_key": agent.public, "session_id": session},
-    )
+    body = {"volume": "minio", "vfid": vfid, "mode": mode, "recipient_key": agent.public, "session_id": session}
+    answer = await stand.call("POST", "/folder/mount-credential", {**body, **more})
     assert answer.status == 200, answer.body
     body = answer.json()
     key = S3Credential.from_sealed(agent.open(body["sealed_credential"], body["credential_id"]))
@@ -44,6 +41,14 @@ async def refused(stand: ProxyStand, key: S3Credential, vfid: str) -> bool:
         except (S3BadCredential, S3AccessDenied):
             return True
         return False
+
+
+async def shift(stand: ProxyStand, credential_id: str, **ago: timedelta) -> None:
+    """Moves the times of a credential into the past."""
+    async with stand.proxy.database.session() as session:
+        row = await session.get_one(MountCredential, credential_id)
+        for name, span in ago.items():
+            setattr(row, name, getattr(row, name) - span)
 
 
 async def revoke(stand: ProxyStand, ref: str) -> None:
@@ -154,3 +159,106 @@ async def test_refusals(stand: ProxyStand, s3_server: S3Server, s3: S3Client) ->
         assert answer.status == status, (change, answer.body)
     async with stand.proxy.database.session() as session:
         assert (await session.execute(select(MountCredential))).scalars().all() == []
+
+
+async def test_the_credential_says_when_it_ends(stand: ProxyStand) -> None:
+    """Also a key that the S3 server itself would let live: the proxy revokes it at that time."""
+    body, key = await issue(stand, await stand.folder(), SealingKey.generate())
+    assert body["method"] == "iam"
+    assert key.expires_at == datetime.fromisoformat(body["expires_at"])
+    await revoke(stand, body["revoke_ref"])
+
+
+async def test_a_renewed_credential_keeps_its_id_and_its_sessions(stand: ProxyStand) -> None:
+    vfid, agent = await stand.folder(), SealingKey.generate()
+    body, first = await issue(stand, vfid, agent, "s1")
+    await issue(stand, vfid, agent, "s2")
+    renewing = {"credential_id": body["credential_id"]}
+    same, key = await issue(stand, vfid, agent, "s1", **renewing)
+    assert (same, key) == ({**body, "sealed_credential": same["sealed_credential"]}, first), "it is young"
+
+    await shift(stand, body["credential_id"], created_at=timedelta(days=5), expires_at=timedelta(days=5))
+    renewed = await asyncio.gather(*(issue(stand, vfid, agent, session, **renewing) for session in ("s1", "s2")))
+    assert {answer["credential_id"] for answer, _ in renewed} == {body["credential_id"]}
+    assert len({key.access_key for _, key in renewed} | {first.access_key}) == 2, "one new key for all"
+    second = renewed[0][1]
+    assert second.expires_at is not None
+    assert second.expires_at > datetime.now(UTC) + timedelta(days=6)
+    assert not await refused(stand, second, vfid)
+    assert not await refused(stand, first, vfid), "files may be open on the mount that began with it"
+
+    async with stand.proxy.database.session() as session:
+        retired = (await session.scalars(select(MountCredential).where(MountCredential.former_of.is_not(None)))).one()
+    assert (retired.state, retired.secret_key) == (CredentialState.RETIRED, None)
+    await shift(stand, retired.id, expires_at=timedelta(days=3))
+    assert await stand.proxy.services.credentials.sweep() == 1
+    await until(lambda: refused(stand, first, vfid))
+    assert not await refused(stand, second, vfid)
+    await revoke(stand, body["revoke_ref"])
+    assert not await refused(stand, second, vfid), "the other session has it still"
+    await revoke(stand, renewed[1][0]["revoke_ref"])
+    await until(lambda: refused(stand, second, vfid))
+
+
+async def test_the_last_session_ends_the_former_keys_too(stand: ProxyStand, s3_server: S3Server) -> None:
+    vfid, agent = await stand.folder(), SealingKey.generate()
+    body, first = await issue(stand, vfid, agent)
+    for _ in range(2):
+        await shift(stand, body["credential_id"], created_at=timedelta(days=5), expires_at=timedelta(days=5))
+        _, last = await issue(stand, vfid, agent, credential_id=body["credential_id"])
+    await revoke(stand, body["revoke_ref"])
+    for key in (first, last):
+        await until(lambda key=key: refused(stand, key, vfid))  # type: ignore[misc]
+    async with stand.proxy.database.session() as session:
+        assert (await session.scalars(select(MountCredential))).all() == []
+    async with ScopedIssuer(s3_server.endpoint, s3_server.admin) as issuer:
+        assert await issuer.identities() == []
+
+
+async def test_an_ended_credential_comes_back_under_its_id(stand: ProxyStand) -> None:
+    """What an agent needs that could not ask in time."""
+    vfid, agent = await stand.folder(), SealingKey.generate()
+    body, first = await issue(stand, vfid, agent)
+    await shift(stand, body["credential_id"], created_at=timedelta(days=8), expires_at=timedelta(days=8))
+    assert await stand.proxy.services.credentials.sweep() == 1
+    await until(lambda: refused(stand, first, vfid))
+    again, key = await issue(stand, vfid, agent, credential_id=body["credential_id"])
+    assert (again["credential_id"], again["revoke_ref"]) == (body["credential_id"], body["revoke_ref"])
+    assert not await refused(stand, key, vfid)
+    await revoke(stand, again["revoke_ref"])
+
+
+async def test_a_renewal_reaches_no_other_folder_mode_or_agent(stand: ProxyStand) -> None:
+    vfid, agent = await stand.folder(), SealingKey.generate()
+    body, _ = await issue(stand, vfid, agent)
+    good = {"volume": "minio", "vfid": vfid, "mode": "rw", "recipient_key": agent.public, "session_id": "s1"}
+    changes = [
+        ({"vfid": await stand.folder()}, 404),
+        ({"mode": "ro"}, 404),
+        ({"recipient_key": SealingKey.generate().public}, 404),
+        ({"credential_id": "../x"}, 400),
+    ]
+    for change, status in changes:
+        asked = {**good, "credential_id": body["credential_id"], **change}
+        answer = await stand.call("POST", "/folder/mount-credential", asked)
+        assert answer.status == status, (change, answer.body)
+    await revoke(stand, body["revoke_ref"])
+
+
+async def test_a_renewal_that_the_server_refuses_leaves_the_old_key(stand: ProxyStand, s3_server: S3Server) -> None:
+    vfid, agent = await stand.folder(), SealingKey.generate()
+    body, first = await issue(stand, vfid, agent)
+    await shift(stand, body["credential_id"], created_at=timedelta(days=5), expires_at=timedelta(days=5))
+    credentials = stand.proxy.services.credentials
+    issuer = credentials._issuers["minio"]
+    credentials._issuers["minio"] = ScopedIssuer(s3_server.endpoint, s3_server.limited)  # may make no users
+    asked = {"vfid": vfid, "mode": "rw", "recipient_key": agent.public, "session_id": "s1"}
+    asked |= {"volume": "minio", "credential_id": body["credential_id"]}
+    answer = await stand.call("POST", "/folder/mount-credential", asked)
+    assert answer.status == 400, answer.body
+    await credentials._issuers["minio"].close()
+    credentials._issuers["minio"] = issuer
+    assert not await refused(stand, first, vfid)
+    async with stand.proxy.database.session() as session:
+        assert [row.access_key for row in (await session.scalars(select(MountCredential))).all()] == [first.access_key]
+    await revoke(stand, body["revoke_ref"])

@@ -15,9 +15,12 @@ routes = web.RouteTableDef()
 
 
 class IssueRequest(FolderRequest):
+    """`credential_id`: the one that the session has already and that is to be renewed."""
+
     mode: AccessMode
     recipient_key: str = Field(min_length=40, max_length=64)
     session_id: SessionText
+    credential_id: str | None = Field(default=None, pattern=r"^[0-9a-f]{32}$")
 
 
 class RevokeRequest(VolumeRequest):
@@ -30,9 +33,19 @@ async def issue(request: web.Request) -> web.Response:
     body = await read_json(request, IssueRequest)
     services = request.app[SERVICES]
     volume = services.volumes.get(body.volume)
-    issued = await services.credentials.issue(
-        volume, body.vfid, body.mode, recipient_key=body.recipient_key, session_id=body.session_id
-    )
+    if body.credential_id is None:
+        issued = await services.credentials.issue(
+            volume, body.vfid, body.mode, recipient_key=body.recipient_key, session_id=body.session_id
+        )
+    else:
+        issued = await services.credentials.renew(
+            volume,
+            body.vfid,
+            body.mode,
+            recipient_key=body.recipient_key,
+            session_id=body.session_id,
+            credential_id=body.credential_id,
+        )
     return json_answer(
         {
             "location": issued.location.model_dump(mode="json"),
@@ -40,7 +53,7 @@ async def issue(request: web.Request) -> web.Response:
             "credential_id": issued.credential_id,
             "revoke_ref": issued.revoke_ref,
             "method": issued.method,
-            "expires_at": issued.expires_at.isoformat(),
+            "expires_at": issued.expires_at.isoformat() if issued.expires_at else None,
             "sealed_credential": issued.sealed,
         }
     )
