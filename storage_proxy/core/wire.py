@@ -127,21 +127,28 @@ class MountRequest(Wire):
     sealed_credential: str
 
     def mount_key(self, driver: str) -> MountKey:
-        """32 hex digits over everything that makes two attachments share one mount."""
-        identity = [
-            self.location.endpoint,
-            self.location.region,
-            self.location.path_style,
-            self.location.bucket,
-            self.location.prefix,
-            self.credential_id,
-            self.mode.value,
-            self.ownership.uid,
-            self.ownership.gid,
-            self.ownership.umask,
-            driver,
-        ]
-        return MountKey(hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32])
+        """See `make_mount_key`."""
+        return make_mount_key(self.location, self.credential_id, self.mode, self.ownership, driver)
+
+
+def make_mount_key(
+    location: Location, credential_id: str, mode: AccessMode, ownership: Ownership, driver: str
+) -> MountKey:
+    """32 hex digits over everything that makes two attachments share one mount."""
+    identity = [
+        location.endpoint,
+        location.region,
+        location.path_style,
+        location.bucket,
+        location.prefix,
+        credential_id,
+        mode.value,
+        ownership.uid,
+        ownership.gid,
+        ownership.umask,
+        driver,
+    ]
+    return MountKey(hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32])
 
 
 class MountState(StrEnum):
