@@ -6,6 +6,7 @@ number is the minor in mountinfo) ends every waiting call with ENOTCONN; the mou
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from .mountinfo import entries_at
@@ -32,3 +33,20 @@ def abort(root: Path, connection: int) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def waiting(root: Path, connection: int) -> int | None:
+    """Requests that callers wait for, whether the process has read them or not. None if the connection is gone.
+
+    Reading it touches neither the mount nor its process.
+    """
+    try:
+        fd = os.open(f"{root}/{connection}/waiting", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return int(os.read(fd, 32))
+    except (OSError, ValueError):  # it went while we looked
+        return None
+    finally:
+        os.close(fd)
