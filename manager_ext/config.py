@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from storage_proxy.client.manager import parse_endpoint
 from storage_proxy.core.config import ConfigModel, Seconds, is_loopback
 from storage_proxy.core.errors import InvalidIdentifier, UsageError
-from storage_proxy.core.ids import parse_name
+from storage_proxy.core.ids import parse_agent_id, parse_name
 from storage_proxy.core.secrets import Secret
 
 
@@ -138,6 +138,21 @@ class BindingSection(ConfigModel):
     )
 
 
+class NodeWideEntry(ConfigModel):
+    """A volume whose folders some agents may mount on their own word, for sessions that another manager plans."""
+
+    agents: list[Annotated[str, AfterValidator(lambda text: str(parse_agent_id(text)))]] = Field(
+        min_length=1,
+        description="Ids of the agents. Whoever starts containers there can read and write every folder of the volume.",
+        examples=[["node-1", "node-2"]],
+    )
+    uid: int = Field(
+        default=1000, ge=0, le=2**32 - 2, description="Owner of the files, unless the folder's binding fixed one."
+    )
+    gid: int = Field(default=1000, ge=0, le=2**32 - 2, description="Their group, likewise.")
+    umask: int = Field(default=0o022, ge=0, le=0o777, description="Mask of their modes, likewise (022 is 18).")
+
+
 class ManagerConfig(ConfigModel):
     """Everything of `mooring manager serve`."""
 
@@ -147,6 +162,11 @@ class ManagerConfig(ConfigModel):
     proxy: dict[str, ProxyEntry] = Field(min_length=1, description="The storage proxies, each under a name of its own.")
     grants: GrantsSection = Field(default=GrantsSection(), description="Permissions for agents to attach a folder.")
     binding: BindingSection = Field(default=BindingSection(), description="Buckets that users bring.")
+    node_wide: dict[str, NodeWideEntry] = Field(
+        default={},
+        description="Volumes (VOLUME, or PROXY:VOLUME) whose folders some agents may mount without a session of this"
+        " manager:\nfor nodes of Backend.AI, see docs/backend-ai.md. Nothing is open that is not named here.",
+    )
 
     @field_validator("proxy")
     @classmethod

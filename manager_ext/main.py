@@ -22,7 +22,7 @@ from .api import AUDIENCE, Services, TokenAuth, build_app
 from .config import ManagerConfig
 from .janitor import run_janitor
 from .models import VERSION_TABLE
-from .services import Agents, Credentials, Folders, KeyFile, Proxies, Sessions, StorageProxy
+from .services import Agents, Credentials, Folders, KeyFile, NodeFolders, Proxies, Sessions, StorageProxy
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 # Grants name their agent (`agent:<id>`); this audience is only the default of the signer.
@@ -62,7 +62,10 @@ def build_services(
         signer=grant_signer,
         grant_lifetime=timedelta(seconds=config.grants.lifetime),
     )
-    return Services(folders=folders, credentials=credentials, agents=agents, sessions=sessions)
+    node_folders = NodeFolders(db, agents=agents, proxies=proxies, sessions=sessions, permitted=config.node_wide)
+    return Services(
+        folders=folders, credentials=credentials, agents=agents, sessions=sessions, node_folders=node_folders
+    )
 
 
 def _tls(config: ManagerConfig) -> ssl.SSLContext | None:

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from storage_proxy.web import HealthCheck, authenticated, check_policies, edge_middleware, health_routes
 
-from ..services import Agents, Credentials, Folders, Sessions
+from ..services import Agents, Credentials, Folders, NodeFolders, Sessions
 from .agents import AgentHandlers
 from .auth import TokenAuth
 from .credentials import CredentialHandlers
@@ -25,13 +25,14 @@ class Services:
     credentials: Credentials
     agents: Agents
     sessions: Sessions
+    node_folders: NodeFolders
 
 
 def build_app(services: Services, auth: TokenAuth, checks: Sequence[HealthCheck] = ()) -> web.Application:
     app = web.Application(middlewares=[edge_middleware, authenticated(auth)])
     app.add_routes(FolderHandlers(services.folders).routes())
     app.add_routes(CredentialHandlers(services.credentials).routes())
-    app.add_routes(AgentHandlers(services.agents).routes())
+    app.add_routes(AgentHandlers(services.agents, services.node_folders).routes())
     app.add_routes(SessionHandlers(services.sessions).routes())
     app.add_routes(health_routes("manager-ext", checks))
     check_policies(app)

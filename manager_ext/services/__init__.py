@@ -5,6 +5,7 @@ from .caller import Caller, Role
 from .credentials import Credentials
 from .folders import Folders
 from .keys import KeyFile
+from .node_folders import NodeFolders
 from .proxies import Proxies, ProxyPort, StorageProxy
 from .sessions import Sessions
 
@@ -14,6 +15,7 @@ __all__ = [
     "Credentials",
     "Folders",
     "KeyFile",
+    "NodeFolders",
     "Proxies",
     "ProxyPort",
     "Role",

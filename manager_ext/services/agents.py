@@ -64,6 +64,19 @@ class Agents:
         items = [_shown(row) for row in rows[: query.limit]]
         return AgentsPage(items=items, next_cursor=encode_cursor([items[-1].agent_id]) if more else None)
 
+    async def check_own(self, caller: Caller, agent_id: str) -> None:
+        """Raises `Forbidden` unless the caller is an admin, this agent, or who registered it. An agent that has not
+        registered belongs to nobody yet.
+        """
+        if caller.role is Role.ADMIN or (caller.role is Role.AGENT and caller.subject == agent_id):
+            return
+        async with self._db.session() as session:
+            owner = await session.scalar(select(AgentRow.registered_by).where(AgentRow.id == agent_id))
+        if caller.role is not Role.AGENT or owner is None or owner != caller.subject:
+            raise Forbidden(
+                f"This token is not for agent {agent_id!r}.", hint="Use the token that registered the agent."
+            )
+
     async def public_key(self, agent_id: str) -> str:
         """Raises `RecordNotFound` if no such agent has registered."""
         async with self._db.session() as session:

@@ -48,7 +48,7 @@ from storage_proxy.db import Database
 from ..models import CredentialRow, FolderRow, SessionMountRow, SessionRow
 from ..models.base import now
 from .agents import Agents
-from .caller import Caller
+from .caller import Caller, Role
 from .credentials import Credentials
 from .folders import Folders
 from .proxies import Proxies
@@ -57,6 +57,9 @@ from .targets import check_targets
 log = get_logger(__name__)
 
 PARALLEL = 8
+# What a whole node was given (see node_folders) has an owner that is no user, and an id that no user can take.
+NODE_OWNER = "node"
+NODE_SESSION_PREFIX = "node-wide-"
 UNDO_SECONDS = 20.0
 # A planning session of this age belongs to a process that died; longer than all calls of one plan take.
 PLAN_LIFETIME = timedelta(minutes=10)
@@ -101,10 +104,24 @@ class Sessions:
         Raises `VFolderNotFound`, `ReadOnly` (rw asked of a read-only folder), `InvalidRequest` (targets),
         `RecordNotFound` (agent), `AlreadyExists` (session id), and what the storage proxy raises.
         """
+        if request.session_id is not None and request.session_id.startswith(NODE_SESSION_PREFIX):
+            raise InvalidRequest(
+                f"Session ids that begin with {NODE_SESSION_PREFIX!r} are reserved.",
+                hint="Choose another session id.",
+                detail={"session_id": "reserved"},
+            )
+        return await self._create(caller, caller.own_scope, request)
+
+    async def create_for_node(self, request: CreateSessionRequest) -> SessionPlan:
+        """As `create`, of any folder and for nobody's account; who may have that is decided by `NodeFolders`."""
+        everything = Caller(subject=NODE_OWNER, role=Role.ADMIN)
+        return await self._create(everything, NODE_OWNER, request)
+
+    async def _create(self, caller: Caller, owner: str, request: CreateSessionRequest) -> SessionPlan:
         check_targets([asked.target for asked in request.mounts])
         public_key = await self._agents.public_key(request.agent_id)
         session_id = request.session_id or uuid.uuid4().hex
-        folders = await self._reserve(caller, request, session_id)
+        folders = await self._reserve(caller, owner, request, session_id)
         by_target = {asked.target: folder for asked, folder in zip(request.mounts, folders, strict=True)}
         issuing = asyncio.ensure_future(self._issue_all(session_id, by_target, public_key))
         issuing.add_done_callback(lambda task: task.cancelled() or task.exception())  # looked at, even if nobody waits
@@ -126,14 +143,14 @@ class Sessions:
         log.info("session planned", session_id=session_id, agent_id=request.agent_id, mounts=len(plan.mounts))
         return plan
 
-    async def _reserve(self, caller: Caller, request: CreateSessionRequest, session_id: str) -> list[FolderRow]:
+    async def _reserve(
+        self, caller: Caller, owner: str, request: CreateSessionRequest, session_id: str
+    ) -> list[FolderRow]:
         """One transaction that finds and holds all folders; they are in the order of the request."""
         folders: list[FolderRow] = []
         try:
             async with self._db.session() as session:
-                row = SessionRow(
-                    id=session_id, owner=caller.own_scope, agent_id=request.agent_id, state=SessionState.PLANNING
-                )
+                row = SessionRow(id=session_id, owner=owner, agent_id=request.agent_id, state=SessionState.PLANNING)
                 session.add(row)
                 await session.flush()
                 for asked in request.mounts:
@@ -313,6 +330,10 @@ class Sessions:
                 return
         await self._end(session_id)
         log.info("session ended", session_id=session_id)
+
+    async def end_for_node(self, session_id: str) -> None:
+        """As `delete`, for what `create_for_node` made."""
+        await self._end(session_id)
 
     @staticmethod
     def _may(caller: Caller, row: SessionRow) -> bool:

@@ -244,6 +244,28 @@ class AgentsPage(Wire):
     next_cursor: str | None = None
 
 
+HexDigits = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+class NodeFolderRequest(Request):
+    """A folder as its path on a node names it: `{scope}/{aa}/{bb}/{rest}` below the volume, where aa, bb and rest are
+    the digits of `folder`. `volume`: its name, or `proxy:volume`."""
+
+    volume: str = Field(min_length=1, max_length=129)
+    scope: HexDigits
+    folder: HexDigits
+
+
+class NodeFolder(Wire):
+    """`grant` is for the asking agent only, until `expires_at`; the session ends with DELETE of it."""
+
+    session_id: str
+    vfid: str
+    mode: AccessMode
+    grant: str
+    expires_at: datetime
+
+
 # --- sessions ---------------------------------------------------------------------------------------------------------
 
 
@@ -447,6 +469,21 @@ class ManagerClient(HttpService):
 
     async def agents_page(self, *, cursor: str | None = None, limit: int = DEFAULT_PAGE) -> AgentsPage:
         return await self.get("/v1/agents", AgentsPage, query={"cursor": cursor, "limit": limit})
+
+    async def grant_node_folder(
+        self, agent_id: str, volume: str, scope: str, folder: str, *, timeout: float | None = None
+    ) -> NodeFolder:
+        """A folder for the whole node, if the operator opened its volume to this agent. `scope`, `folder`: 32 hex
+        digits each. Raises `Forbidden`, `VFolderNotFound`.
+        """
+        body = _body(volume=volume, scope=scope, folder=folder)
+        path = f"/v1/agents/{segment(agent_id)}/folders"
+        # A repeated call replaces what the first one gave.
+        return await self.post(path, NodeFolder, body=body, timeout=timeout, idempotent=True)
+
+    async def end_node_folder(self, agent_id: str, session_id: str) -> None:
+        """Revokes it. Idempotent."""
+        await self.call("DELETE", f"/v1/agents/{segment(agent_id)}/folders/{segment(session_id)}")
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 

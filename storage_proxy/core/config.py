@@ -212,7 +212,8 @@ def sample(model: type[ConfigModel], *, title: str) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _sample_section(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
+def _sample_section(model: type[BaseModel], path: tuple[str, ...], *, off: bool = False) -> list[str]:
+    """`off`: a named section that nobody needs to have, so the example of it is commented out as a whole."""
     lines: list[str] = []
     nested: list[tuple[tuple[str, ...], type[BaseModel], FieldInfo]] = []
     for name, info in model.model_fields.items():
@@ -222,11 +223,12 @@ def _sample_section(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
             continue
         lines += [f"# {line}" for line in _description(info)]
         value, required = _example(info)
-        lines.append(f"{'' if required else '# '}{_dashed(name)} = {value}")
+        lines.append(f"{'' if required and not off else '# '}{_dashed(name)} = {value}")
     for sub_path, sub, info in nested:
         shown = [("example" if step == "NAME" else step) for step in sub_path]
-        lines += ["", *[f"# {line}" for line in _description(info)], f"[{'.'.join(shown)}]"]
-        lines += _sample_section(sub, sub_path)
+        spare = off or (sub_path[-1] == "NAME" and not info.is_required())
+        lines += ["", *[f"# {line}" for line in _description(info)], f"{'# ' if spare else ''}[{'.'.join(shown)}]"]
+        lines += _sample_section(sub, sub_path, off=spare)
     return lines
 
 
