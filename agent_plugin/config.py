@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from storage_proxy.core.config import ConfigModel, Size
-from storage_proxy.core.ids import parse_agent_id
+from storage_proxy.core.config import ConfigModel, Size, is_loopback
+from storage_proxy.core.errors import MooringError
+from storage_proxy.core.ids import parse_agent_id, parse_bucket_name, parse_name
+from storage_proxy.core.paths import parse_prefix
 
 # sun_path holds 108 bytes with the NUL at its end (unix(7)).
 MAX_SOCKET_BYTES = 107
@@ -85,10 +90,12 @@ class AgentSection(ConfigModel):
         default=8,
         ge=1,
         le=1000,
-        description="How often in a row a dead mount is started anew before it is failed. Attempts while the S3 server\n"
-        "is away do not count.",
+        description="How often in a row a dead mount is started anew before it is failed.\n"
+        "Attempts while the S3 server is away do not count.",
     )
-    repair_pause: float = Field(default=15.0, ge=0, le=600, description="Longest pause in seconds between two attempts.")
+    repair_pause: float = Field(
+        default=15.0, ge=0, le=600, description="Longest pause in seconds between two attempts."
+    )
     reconcile_interval: float = Field(
         default=60.0,
         ge=1,
@@ -223,13 +230,151 @@ class DriversConfig(ConfigModel):
     s3fs: S3fsConfig = Field(default=S3fsConfig(), description="s3fs-fuse.")
 
 
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """A part of a volume that a credential may be used for. `bucket` is None for every bucket; `prefix` is empty or
+    ends with a slash."""
+
+    volume: str
+    bucket: str | None
+    prefix: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From `VOLUME/*`, `VOLUME/BUCKET` or `VOLUME/BUCKET/DIRECTORY`. Raises ValueError."""
+        volume, _, place = text.partition("/")
+        bucket, _, prefix = place.partition("/")
+        try:
+            parse_name(volume, "volume name")
+            if place == "*":
+                return cls(volume, None)
+            return cls(volume, parse_bucket_name(bucket), parse_prefix(prefix))
+        except MooringError as err:
+            raise ValueError(
+                f"{text[:80]!r}: write VOLUME/*, VOLUME/BUCKET or VOLUME/BUCKET/DIRECTORY; {err}"
+            ) from None
+
+    def covers(self, volume: str, bucket: str, prefix: str) -> bool:
+        return self.volume == volume and (
+            self.bucket is None or (self.bucket == bucket and prefix.startswith(self.prefix))
+        )
+
+
+class PluginVolume(ConfigModel):
+    """An S3 server that container volumes may be on."""
+
+    endpoint: str = Field(description="URL of the S3 server.", examples=["https://minio.example.com"])
+    region: str = Field(default="us-east-1", description="Region name that goes into signatures.")
+    path_style: bool = Field(default=True, description="Address buckets as endpoint/bucket, not bucket.endpoint.")
+    bucket: str | None = Field(
+        default=None,
+        description="Bucket of the volumes that name none. Default: each must name one.",
+        examples=["data"],
+    )
+    credential: str | None = Field(
+        default=None,
+        description="Credential of the volumes that name none. Default: each must name one.",
+        examples=["example"],
+    )
+    allow_plain_http: bool = Field(
+        default=False, description="Allow an http endpoint that is not on this machine. Data and names travel in clear."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> PluginVolume:
+        url = urlsplit(self.endpoint)
+        if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query or url.path.strip("/"):
+            raise ValueError("write endpoint as https://HOST or https://HOST:PORT, without user, path or query")
+        if url.scheme == "http" and not self.allow_plain_http and not is_loopback(url.hostname):
+            raise ValueError("plain http is for this machine only: use https, or set allow-plain-http = true")
+        if self.bucket is not None:
+            _checked(parse_bucket_name, self.bucket)
+        return self
+
+
+class PluginCredential(ConfigModel):
+    """A key that container volumes may use by its name. The key itself never appears in their options."""
+
+    file: AbsolutePath = Field(
+        description="0600 file with access key and secret key: on two lines, or as JSON.",
+        examples=["/etc/mooring/volumes.key"],
+    )
+    allow: tuple[str, ...] = Field(
+        description="What it may be used for: VOLUME/BUCKET, VOLUME/BUCKET/DIRECTORY, or VOLUME/* for every bucket.",
+        examples=[["example/data"]],
+        min_length=1,
+    )
+    read_only: bool = Field(default=False, description="Only for volumes with mode=ro.")
+
+    @property
+    def allowances(self) -> tuple[Allowance, ...]:
+        return tuple(Allowance.parse(text) for text in self.allow)
+
+    @model_validator(mode="after")
+    def _check(self) -> PluginCredential:
+        _ = self.allowances
+        return self
+
+
+class VolumePluginSection(ConfigModel):
+    """Volumes for Docker and Podman by their volume plugin protocol. Off without this section."""
+
+    socket: SocketPath = Field(
+        description="Unix socket of the plugin. Docker finds it in /run/docker/plugins by its name; Podman is told in\n"
+        "containers.conf.",
+        examples=["/run/docker/plugins/mooring.sock"],
+    )
+    allowed_uids: tuple[int, ...] = Field(
+        default=(0,), description="Users whose container engine may use it, checked by the kernel's word."
+    )
+    answer_within: float = Field(
+        default=4.0,
+        ge=1,
+        le=60,
+        description="Seconds within which an engine is answered. Podman waits for 5 and then says only that it waited.",
+    )
+    volumes: Mapping[str, PluginVolume] = Field(description="The S3 servers, by name.")
+    credentials: Mapping[str, PluginCredential] = Field(description="The keys, by name.")
+
+    @model_validator(mode="after")
+    def _check(self) -> VolumePluginSection:
+        for name in (*self.volumes, *self.credentials):
+            _checked(lambda text: parse_name(text, "name"), name)
+        for name, volume in self.volumes.items():
+            if volume.credential is not None and volume.credential not in self.credentials:
+                raise ValueError(f"volume {name} names the credential {volume.credential!r}, which is not configured")
+        for name, credential in self.credentials.items():
+            for allowance in credential.allowances:
+                if allowance.volume not in self.volumes:
+                    raise ValueError(f"credential {name} allows volume {allowance.volume!r}, which is not configured")
+        return self
+
+
+def _checked(parse: Callable[[str], object], text: str) -> None:
+    try:
+        parse(text)
+    except MooringError as err:
+        raise ValueError(str(err)) from None
+
+
 class AgentConfig(ConfigModel):
     """The whole file."""
 
     agent: AgentSection
-    grants: GrantsSection
+    grants: GrantsSection | None = Field(
+        default=None, description="Without it no grants are taken, and only what this file itself allows is mounted."
+    )
     manager: ManagerSection | None = Field(
         default=None, description="Optional: register the public key of this agent at the manager extension."
     )
     redis: RedisSection | None = Field(default=None, description="Optional: publish the state of mounts.")
+    volume_plugin: VolumePluginSection | None = Field(
+        default=None, description="Optional: volumes for Docker and Podman; see docs/volume-plugin.md."
+    )
     driver: DriversConfig = Field(default=DriversConfig())
+
+    @model_validator(mode="after")
+    def _check(self) -> AgentConfig:
+        if self.grants is None and self.volume_plugin is None:
+            raise ValueError("nothing could ever be mounted: write [grants], [volume-plugin] or both")
+        return self

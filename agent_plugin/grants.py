@@ -35,7 +35,8 @@ class Grant:
 
 
 class GrantVerifier:
-    """Verifies grants for one agent. Public key files are read again when a grant names a key that is not known yet."""
+    """Verifies grants for one agent. Public key files are read again when a grant names a key that is not known yet.
+    Without files every grant is refused."""
 
     def __init__(self, agent_id: str, key_files: Sequence[Path], sealing_key: SealingKey) -> None:
         self._audience = f"agent:{agent_id}"
@@ -43,19 +44,23 @@ class GrantVerifier:
         self._sealing_key = sealing_key
         self._signer = self._load()
 
-    def _load(self) -> TokenSigner:
+    def _load(self) -> TokenSigner | None:
+        if not self._files:
+            return None
         return TokenSigner(self._audience, [SigningKey.ed25519_public(path) for path in self._files])
 
     def verify(self, token: str) -> Grant:
         """Raises `TokenExpired`, or `TokenInvalid` for every other fault: key, signature, audience, purpose,
         content.
         """
+        if self._signer is None:
+            raise TokenInvalid("This agent takes no grants.", hint="Write [grants] into its configuration.")
         try:
             claims = self._signer.verify(token, Purpose.GRANT)
         except TokenExpired:
             raise
         except TokenInvalid:
-            self._signer = self._load()  # the manager's key may have been renewed
+            self._signer = self._load() or self._signer  # the manager's key may have been renewed
             claims = self._signer.verify(token, Purpose.GRANT)
         try:
             session = parse_session_id(claims.subject)
