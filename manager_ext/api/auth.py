@@ -19,11 +19,12 @@ from ..services import Caller, Role
 
 AUDIENCE = "mooring-manager"
 
-# What each role may ask for; the routes name these.
+# What each role may ask for; the routes name these. `grant`: fresh grants for the mounts of one's sessions; whose they
+# are is the use case's to decide.
 SCOPES: Mapping[Role, frozenset[str]] = {
-    Role.USER: frozenset({"user"}),
-    Role.ADMIN: frozenset({"user", "agent", "admin"}),
-    Role.AGENT: frozenset({"agent"}),
+    Role.USER: frozenset({"user", "grant"}),
+    Role.ADMIN: frozenset({"user", "agent", "admin", "grant"}),
+    Role.AGENT: frozenset({"agent", "grant"}),
 }
 
 

@@ -22,6 +22,7 @@ class SessionHandlers:
             web.post("/v1/sessions", self.create),
             web.get(one, self.get),
             web.delete(one, self.delete),
+            web.post("/v1/sessions/{session}/mounts/{folder}/grant", self.renew),
         ]
 
     @require("user")
@@ -39,3 +40,8 @@ class SessionHandlers:
         session_id = parse_session_id(request.match_info["session"])
         await self._sessions.delete(caller(request), session_id)
         return web.Response(status=204)
+
+    @require("grant")
+    async def renew(self, request: web.Request) -> web.Response:
+        session_id = parse_session_id(request.match_info["session"])
+        return json_answer(await self._sessions.renew(caller(request), session_id, request.match_info["folder"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from datetime import datetime
 
-from sqlalchemy import ForeignKey, String, UniqueConstraint, Uuid
+from sqlalchemy import BigInteger, ForeignKey, Integer, String, UniqueConstraint, Uuid
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from storage_proxy.client.manager import SessionState
@@ -54,6 +54,11 @@ class SessionMountRow(Timestamps, Base):
     vfid: Mapped[str] = mapped_column(String(110), comment="its vfid, as in the grant")
     target: Mapped[str] = mapped_column(String(1025), comment="absolute path inside the container")
     mode: Mapped[AccessMode] = mapped_column(words(AccessMode, 2), comment="ro or rw, as granted")
+    uid: Mapped[int | None] = mapped_column(
+        BigInteger, comment="owner shown, as granted; null: planned by a version that did not keep it"
+    )
+    gid: Mapped[int | None] = mapped_column(BigInteger, comment="group shown, as granted; null as uid")
+    umask: Mapped[int | None] = mapped_column(Integer, comment="mask, as granted; null as uid")
     proxy: Mapped[str] = mapped_column(String(64), comment="storage proxy that issued the credential")
     volume: Mapped[str] = mapped_column(String(64), comment="volume on that proxy")
     credential_id: Mapped[str | None] = mapped_column(
@@ -61,6 +66,9 @@ class SessionMountRow(Timestamps, Base):
     )
     revoke_ref: Mapped[str | None] = mapped_column(
         String(2048), comment="what the proxy revokes when the session ends; null: nothing to revoke"
+    )
+    credential_expires_at: Mapped[datetime | None] = mapped_column(
+        UTCDateTime, comment="when the credential in the last grant ends; null: it does not"
     )
     expires_at: Mapped[datetime | None] = mapped_column(UTCDateTime, comment="when the last grant ended to be good")
     session: Mapped[SessionRow] = relationship(back_populates="mounts")

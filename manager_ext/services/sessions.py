@@ -3,6 +3,10 @@
 A session row stands from before the first credential is issued until the last one is revoked; its mount rows keep the
 folders from being deleted. Order: rows (`planning`), credentials, grants, `active`; at the end `ending`, revocation,
 rows gone. Whatever breaks in between ends in `ending` and is finished by a repeated DELETE or by `sweep`.
+
+While it is `active`, a mount may get a fresh grant (`renew`): the same folder, place, mode, ownership and target, and a
+credential of the same identity, since that is what the agent finds the mount by. The keys behind the identity are those
+of the moment: of a managed folder a key with at least half of its life before it, of a bound one what is stored.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from storage_proxy.core.crypto import seal
 from storage_proxy.core.errors import (
     AlreadyExists,
     Conflict,
+    Forbidden,
     InternalError,
     InvalidRequest,
     MooringError,
@@ -40,16 +45,15 @@ from storage_proxy.core.errors import (
 )
 from storage_proxy.core.ids import AccessMode
 from storage_proxy.core.logs import get_logger
-from storage_proxy.core.secrets import Secret
 from storage_proxy.core.tokens import Purpose, TokenSigner
-from storage_proxy.core.wire import Location, MountRequest, Ownership
+from storage_proxy.core.wire import Location, MountRequest, Ownership, S3Credential
 from storage_proxy.db import Database
 
-from ..models import CredentialRow, FolderRow, SessionMountRow, SessionRow
+from ..models import CredentialRow, FolderRow, FolderState, SessionMountRow, SessionRow
 from ..models.base import now
 from .agents import Agents
 from .caller import Caller, Role
-from .credentials import Credentials
+from .credentials import Credentials, parse_ref
 from .folders import Folders
 from .proxies import Proxies
 from .targets import check_targets
@@ -72,6 +76,7 @@ class _Issued:
     location: Location
     credential_id: str
     sealed: str
+    expires_at: datetime | None
 
 
 class Sessions:
@@ -177,6 +182,9 @@ class Sessions:
                             vfid=folder.vfid,
                             target=asked.target,
                             mode=mode,
+                            uid=request.uid if folder.uid is None else folder.uid,
+                            gid=request.gid if folder.gid is None else folder.gid,
+                            umask=request.umask if folder.umask is None else folder.umask,
                             proxy=folder.proxy,
                             volume=folder.volume,
                         )
@@ -214,6 +222,7 @@ class Sessions:
         return issued
 
     async def _issue(self, mount: SessionMountRow, folder: FolderRow, public_key: str) -> _Issued:
+        """A credential for a mount: its first, or that of the same identity again."""
         port = self._proxies.get(folder.proxy).port
         if folder.kind is FolderKind.BOUND:
             answer = await port.mount(folder.volume, folder.vfid)
@@ -224,7 +233,8 @@ class Sessions:
                     hint="Delete the folder and bind it again.",
                 )
             keys = await self._keys_of(folder)
-            issued = _Issued(place, str(folder.credential_id), seal(keys, public_key, str(folder.credential_id)))
+            identity = str(folder.credential_id)
+            issued = _Issued(place, identity, seal(keys.to_sealable(), public_key, identity), keys.expires_at)
             revoke_ref = None
         else:
             made = await port.issue_mount_credential(
@@ -234,35 +244,49 @@ class Sessions:
                     mode=mount.mode,
                     recipient_key=public_key,
                     session_id=mount.session_id,
+                    credential_id=mount.credential_id,
                 )
             )
-            issued = _Issued(made.location, made.credential_id, made.sealed_credential)
+            issued = _Issued(made.location, made.credential_id, made.sealed_credential, made.expires_at)
             revoke_ref = made.revoke_ref
+        renewal = mount.credential_id is not None
         async with self._db.session() as session:
-            stored = await session.scalar(
-                update(SessionMountRow)
-                .where(SessionMountRow.id == mount.id)
-                .values(credential_id=issued.credential_id, revoke_ref=revoke_ref)
-                .returning(SessionMountRow.id)
-            )
+            if renewal:
+                # Under its lock: whoever ends the session after this looks at the credential as it is now.
+                row = await session.get(SessionRow, mount.session_id, with_for_update=True)
+                ended = row is None or row.state is not SessionState.ACTIVE
+            else:
+                ended = False
+            stored = None
+            if not ended:
+                stored = await session.scalar(
+                    update(SessionMountRow)
+                    .where(SessionMountRow.id == mount.id)
+                    .values(
+                        credential_id=issued.credential_id,
+                        revoke_ref=revoke_ref,
+                        credential_expires_at=issued.expires_at,
+                    )
+                    .returning(SessionMountRow.id)
+                )
         if stored is None:  # the session was ended meanwhile
             if revoke_ref is not None:
                 await port.revoke_mount_credential(folder.volume, revoke_ref)
-            raise _ended(mount.session_id)
+            raise _ended(mount.session_id, "its grant was renewed" if renewal else "it was being planned")
         return issued
 
-    async def _keys_of(self, folder: FolderRow) -> Secret:
+    async def _keys_of(self, folder: FolderRow) -> S3Credential:
         async with self._db.session() as session:
             row = await session.get(CredentialRow, folder.credential_id)
         if row is None:
             raise VFolderNotFound(f"Folder {folder.name!r} has no credential any more.", hint="Bind it again.")
-        return self._credentials.open(row).to_sealable()
+        return self._credentials.open(row)
 
     async def _activate(self, session_id: str) -> Sequence[SessionMountRow]:
         async with self._db.session() as session:
             row = await session.get(SessionRow, session_id, with_for_update=True)
             if row is None or row.state is not SessionState.PLANNING:
-                raise _ended(session_id)
+                raise _ended(session_id, "it was being planned")
             row.state = SessionState.ACTIVE
             for mount in row.mounts:
                 mount.expires_at = now() + self._grant_lifetime
@@ -277,33 +301,110 @@ class Sessions:
         mounts: Sequence[SessionMountRow],
     ) -> SessionPlan:
         rows = {mount.target: mount for mount in mounts}
-        planned = []
-        for asked in request.mounts:
-            mount, folder, credential = rows[asked.target], by_target[asked.target], issued[asked.target]
-            permitted = MountRequest(
-                volume=folder.volume,
-                vfid=folder.vfid,
-                location=credential.location,
-                mode=mount.mode,
-                ownership=Ownership(
-                    uid=request.uid if folder.uid is None else folder.uid,
-                    gid=request.gid if folder.gid is None else folder.gid,
-                    umask=request.umask if folder.umask is None else folder.umask,
-                ),
-                target=mount.target,
-                credential_id=credential.credential_id,
-                sealed_credential=credential.sealed,
-            )
-            expires_at = datetime.now(UTC) + self._grant_lifetime
-            grant = self._signer.issue(
-                Purpose.GRANT,
-                session_id,
-                self._grant_lifetime,
-                {"mount": permitted.model_dump(mode="json")},
-                audience=f"agent:{request.agent_id}",
-            )
-            planned.append(PlannedMount(**_shown_mount(mount).model_dump(), grant=grant, expires_at=expires_at))
+        planned = [
+            self._grant(request.agent_id, rows[asked.target], by_target[asked.target], issued[asked.target])
+            for asked in request.mounts
+        ]
         return SessionPlan(session_id=session_id, agent_id=request.agent_id, mounts=planned)
+
+    def _grant(self, agent_id: str, mount: SessionMountRow, folder: FolderRow, credential: _Issued) -> PlannedMount:
+        permitted = MountRequest(
+            volume=folder.volume,
+            vfid=folder.vfid,
+            location=credential.location,
+            mode=mount.mode,
+            ownership=Ownership.model_validate({"uid": mount.uid, "gid": mount.gid, "umask": mount.umask}),
+            target=mount.target,
+            credential_id=credential.credential_id,
+            sealed_credential=credential.sealed,
+        )
+        expires_at = datetime.now(UTC) + self._grant_lifetime
+        grant = self._signer.issue(
+            Purpose.GRANT,
+            mount.session_id,
+            self._grant_lifetime,
+            {"mount": permitted.model_dump(mode="json")},
+            audience=f"agent:{agent_id}",
+        )
+        return PlannedMount(**_shown_mount(mount).model_dump(), grant=grant, expires_at=expires_at)
+
+    # --- fresh grants -------------------------------------------------------------------------------------------------
+
+    async def renew(self, caller: Caller, session_id: str, ref: str) -> PlannedMount:
+        """A fresh grant for one mount of an active session; see the module. Idempotent but for the grant itself.
+
+        The agent of the session may ask, its owner, and an admin. What the plan permitted is looked at again: a folder
+        that is being deleted, that became read-only, or that the owner's projects do not reach any more, is refused.
+
+        Raises `RecordNotFound` for a session of somebody else or on another agent and for a folder that it does not
+        have, `Conflict` when the session is not active or the folder was bound with another credential since,
+        `ReadOnly`, `VFolderNotFound`, and what the storage proxy raises.
+        """
+        if caller.role is Role.AGENT:
+            await self._check_agent(caller, session_id)
+        row, mount, folder = await self._renewable(caller, session_id, ref)
+        public_key = await self._agents.public_key(row.agent_id)
+        issued = await self._issue(mount, folder, public_key)
+        if issued.credential_id != mount.credential_id:
+            raise InternalError(f"The storage proxy renewed another credential than that of {folder.name!r}.")
+        async with self._db.session() as session:
+            values = {"expires_at": now() + self._grant_lifetime}
+            await session.execute(update(SessionMountRow).where(SessionMountRow.id == mount.id).values(**values))
+        mount.credential_expires_at = issued.expires_at
+        log.info(
+            "grant renewed",
+            session_id=session_id,
+            folder_id=str(folder.id),
+            agent_id=row.agent_id,
+            caller=f"{caller.role} {caller.subject}",
+            credential_id=issued.credential_id,
+            credential_expires_at=issued.expires_at.isoformat() if issued.expires_at else None,
+        )
+        return self._grant(row.agent_id, mount, folder, issued)
+
+    async def _renewable(
+        self, caller: Caller, session_id: str, ref: str
+    ) -> tuple[SessionRow, SessionMountRow, FolderRow]:
+        wanted = parse_ref(ref)
+        async with self._db.session() as session:
+            row = await session.get(SessionRow, session_id)
+            if row is None or not (caller.role is Role.AGENT or self._may(caller, row)):
+                raise _no_session(session_id)
+            found = [mount for mount in row.mounts if wanted in (mount.folder_id, mount.folder_name)]
+            if not found:
+                raise RecordNotFound(f"Session {session_id!r} has no folder {ref!r}.", hint="Look at the session.")
+            if row.state is not SessionState.ACTIVE:
+                raise Conflict(f"Session {session_id!r} is {row.state}.", hint="Only a session that runs is renewed.")
+            mount = found[0]
+            folder = await session.get(FolderRow, mount.folder_id)
+            reached = caller.role is Role.AGENT or caller.is_admin or (folder and folder.quota_scope in caller.scopes())
+            if folder is None or folder.state is not FolderState.READY or not reached:
+                raise VFolderNotFound(f"There is no folder {ref!r} any more.", hint="End the session.")
+        if folder.read_only and mount.mode is not AccessMode.READ_ONLY:
+            raise ReadOnly(f"Folder {folder.name!r} has become read-only.", hint="End the session and plan it with ro.")
+        if mount.uid is None or mount.credential_id is None:
+            raise Conflict(
+                f"Session {session_id!r} was planned by an earlier version, which kept too little to renew its grants.",
+                hint="End it and plan it again.",
+            )
+        if folder.kind is FolderKind.BOUND and str(folder.credential_id) != mount.credential_id:
+            # Another identity is another mount: see promise 8 of docs/SEMANTICS.md.
+            raise Conflict(
+                f"Folder {folder.name!r} was bound with another credential since the session was planned.",
+                hint="End the session and plan it again.",
+            )
+        return row, mount, folder
+
+    async def _check_agent(self, caller: Caller, session_id: str) -> None:
+        """An agent gets grants for what runs on it; of other sessions it does not learn that they are there."""
+        async with self._db.session() as session:
+            agent_id = await session.scalar(select(SessionRow.agent_id).where(SessionRow.id == session_id))
+        if agent_id is None:
+            raise _no_session(session_id)
+        try:
+            await self._agents.check_own(caller, agent_id)
+        except Forbidden:
+            raise _no_session(session_id) from None
 
     # --- looking and ending -------------------------------------------------------------------------------------------
 
@@ -312,7 +413,7 @@ class Sessions:
         async with self._db.session() as session:
             row = await session.get(SessionRow, session_id)
             if row is None or not self._may(caller, row):
-                raise RecordNotFound(f"There is no session {session_id!r}.", hint="Check the session id.")
+                raise _no_session(session_id)
             return Session(
                 session_id=row.id,
                 agent_id=row.agent_id,
@@ -386,11 +487,20 @@ class Sessions:
         return done
 
 
-def _ended(session_id: str) -> Conflict:
-    return Conflict(f"Session {session_id!r} was ended while it was being planned.", hint="Plan it again.")
+def _no_session(session_id: str) -> RecordNotFound:
+    return RecordNotFound(f"There is no session {session_id!r}.", hint="Check the session id.")
+
+
+def _ended(session_id: str, doing: str) -> Conflict:
+    return Conflict(f"Session {session_id!r} was ended while {doing}.", hint="Plan it again.")
 
 
 def _shown_mount(mount: SessionMountRow) -> SessionMount:
     return SessionMount(
-        folder_id=str(mount.folder_id), name=mount.folder_name, vfid=mount.vfid, target=mount.target, mode=mount.mode
+        folder_id=str(mount.folder_id),
+        name=mount.folder_name,
+        vfid=mount.vfid,
+        target=mount.target,
+        mode=mount.mode,
+        credential_expires_at=mount.credential_expires_at,
     )

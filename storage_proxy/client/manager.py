@@ -289,11 +289,14 @@ class CreateSessionRequest(Request):
 
 
 class SessionMount(Wire):
+    """`credential_expires_at`: when the credential of the last grant ends; None if it does not."""
+
     folder_id: str
     name: str
     vfid: str
     target: str
     mode: AccessMode
+    credential_expires_at: datetime | None = None
 
 
 class PlannedMount(SessionMount):
@@ -510,6 +513,16 @@ class ManagerClient(HttpService):
 
     async def session(self, session_id: str) -> Session:
         return await self.get(f"/v1/sessions/{segment(session_id)}", Session)
+
+    async def renew_grant(self, session_id: str, folder: str) -> PlannedMount:
+        """A fresh grant for one mount of a session that runs, for its agent: after the first one expired, or when the
+        credential ends soon. `folder`: its id, or its name when the session was planned. Idempotent.
+
+        For the owner of the session and the agent that it runs on. Raises `RecordNotFound` for anybody else's session
+        and a folder that it does not have, `Conflict` when it has ended, and what planning a session raises.
+        """
+        url = f"/v1/sessions/{segment(session_id)}/mounts/{segment(folder)}/grant"
+        return await self.post(url, PlannedMount, idempotent=True)
 
     async def delete_session(self, session_id: str) -> None:
         """Ends a session and revokes its credentials. Idempotent."""

@@ -61,6 +61,7 @@ class FakeProxy:
         self.known_keys: dict[str, str] = {}
         self.buckets: set[str] = {"mooring"}
         self.issued: dict[str, str] = {}  # revoke_ref -> session id
+        self.credential_expires: datetime | None = None  # of what is issued from now on
         self.revoked: list[str] = []
         self.calls: list[str] = []
         self.before: dict[str, Callable[[], object]] = {}
@@ -130,16 +131,24 @@ class FakeProxy:
     async def issue_mount_credential(self, request: MountCredentialRequest) -> MountCredentialAnswer:
         await self._enter("issue_mount_credential", request.volume)
         folder = self._folder(request.vfid)
-        number = len(self.issued) + 1
-        credential_id, revoke_ref = f"cred-{number}", f"ref-{number}"
+        if request.credential_id is None:
+            name = str(len(self.issued) + 1)
+            credential_id = f"cred-{name}"
+        else:  # another key under the same id
+            credential_id = request.credential_id
+            name = f"{credential_id.removeprefix('cred-')}-{self.calls.count('issue_mount_credential')}"
+        revoke_ref = f"ref-{credential_id.removeprefix('cred-')}"
         self.issued[revoke_ref] = request.session_id
-        keys = S3Credential(access_key=f"SCOPED{number}", secret_key=Secret(f"scoped-secret-{number}"))
+        keys = S3Credential(
+            access_key=f"SCOPED{name}", secret_key=Secret(f"scoped-secret-{name}"), expires_at=self.credential_expires
+        )
         await self._step(self.after, "issue_mount_credential")
         return MountCredentialAnswer(
             location=folder.location,
             credential_id=credential_id,
             revoke_ref=revoke_ref,
             method="iam",
+            expires_at=self.credential_expires,
             sealed_credential=seal(keys.to_sealable(), request.recipient_key, credential_id),
         )
 

@@ -51,6 +51,7 @@ ROUTES: dict[tuple[str, str], dict[str, Any] | None] = {
     ("GET", "/v1/agents"): None,
     ("POST", "/v1/sessions"): {"agent_id": AGENT_ID, "mounts": [{"folder": "data", "target": "/data"}]},
     ("GET", "/v1/sessions/{session}"): None,
+    ("POST", "/v1/sessions/{session}/mounts/{folder}/grant"): None,
     ("DELETE", "/v1/sessions/{session}"): None,
     ("DELETE", "/v1/credentials/{credential}"): None,
     ("DELETE", "/v1/folders/{folder}"): None,
@@ -151,9 +152,10 @@ async def test_every_route_refuses_strangers(stack: Stack, proxy: FakeProxy, met
 async def test_roles_reach_their_routes_only(stack: Stack, method: str, path: str) -> None:
     things = await _things(stack)
     url, body = path.format(**things), ROUTES[method, path]
-    stranger = stack.token(BOB) if path.startswith("/v1/agents") else stack.token(AGENT_ID, "agent")
+    stranger = stack.token(BOB) if path.startswith("/v1/agents") else stack.token("node-2", "agent")
     status, _ = await stack.call(method, url, body, token=stranger)
-    assert status == 403
+    # Grants are for users and for agents: another agent learns no more than another user does.
+    assert status == (404 if path.endswith("/grant") else 403)
 
 
 @pytest.mark.parametrize(
