@@ -1,4 +1,4 @@
-"""Real containers: podman with runc, with storage of its own."""
+"""Real containers: podman with runc or crun, with storage of its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONTAINERS_CONF = """
 default_ulimits = ["nofile=1024:4096", "nproc=4096:4096"]
 netns = "none"
 [engine]
-runtime = "runc"
+runtime = "{runtime}"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 """
@@ -31,7 +31,9 @@ class Podman:
     def __init__(self, place: Path) -> None:
         self._place = place
         self._conf = place / "containers.conf"
-        self._conf.write_text(CONTAINERS_CONF)
+        # Debian 12's crun refuses a host with both cgroup versions mounted; runc is not everywhere.
+        runtime = "runc" if shutil.which("runc") else "crun"
+        self._conf.write_text(CONTAINERS_CONF.format(runtime=runtime))
         self.rootfs = place / "rootfs"
         for name in ("bin", "etc", "tmp", "data", "other", "proc", "dev", "sys", "run"):
             (self.rootfs / name).mkdir(parents=True)
