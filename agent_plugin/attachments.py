@@ -1,77 +1,46 @@
-"""Who has what mounted: attachments as a persisted set, one state machine and one lock per mount key.
-
-    absent -> staging -> live -> draining -> absent         live, draining -> dead -> absent
+"""Who has what mounted: attachments of sessions as a persisted set, and everything that can be asked of the agent.
 
 The first attachment of a key starts a mount; those that come while it starts wait for the same start and share its
-outcome. The last one to go starts the grace period; an attach during it revives the mount at once. Each transition is
-in the journal before it is done. An attach runs to its end even if the caller goes away: the caller may ask again, or
-end the session.
+outcome. The last one to go starts the grace period; an attach during it revives the mount at once. An attach runs to
+its end even if the caller goes away: the caller may ask again, or end the session. What becomes of a mount in between
+is the business of `lifecycle`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Self, TypeVar
+from collections.abc import Callable, Collection
+from typing import Self
 
 from storage_proxy.core.errors import (
     AlreadyExists,
+    Conflict,
     LimitExceeded,
     MooringError,
-    MountFailed,
+    NotFound,
     ServiceUnavailable,
     TokenInvalid,
 )
-from storage_proxy.core.ids import MountKey, SessionID, VFolderID
+from storage_proxy.core.ids import MountKey, SessionID
 from storage_proxy.core.logs import get_logger
 from storage_proxy.core.wire import BindSpec, MountState, S3Credential
 
 from .containers import Binds
 from .drivers import Drivers, MountPlan
-from .grants import Grant, GrantVerifier
+from .events import Event, EventKind
+from .grants import GrantVerifier
 from .journal import AttachmentRecord, AttachmentState, Journal, MountRecord
 from .kernel.abandon import off_loop
+from .keys import Entry, Folder, Keys, Ticket, in_state
+from .lifecycle import Lifecycle, Mend
 from .mounter import KERNEL_SECONDS, Mounter, new_token
+from .orders import Order
 from .supervisor import MountProcess
 
 log = get_logger(__name__)
 
-T = TypeVar("T")
-
-Folder = tuple[SessionID, VFolderID]
-
-
-@dataclass(frozen=True, slots=True)
-class Transition:
-    """One step of a key, for whoever listens."""
-
-    at: float
-    key: MountKey
-    old: MountState
-    new: MountState
-    plan: MountPlan
-    error: str | None = None
-
-
-@dataclass(slots=True)
-class _Key:
-    """What is known of one mount key. `record` is None while it is absent."""
-
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    record: MountRecord | None = None
-    process: MountProcess | None = None
-    grace: asyncio.Task[None] | None = None
-    attachments: dict[Folder, AttachmentRecord] = field(default_factory=dict)
-    users: int = 0  # tasks that hold or wait for the lock
-    attempts: int = 0  # starts that have ended, well or badly
-    failure: MooringError | None = None  # how the last one ended
-
-    @property
-    def state(self) -> MountState:
-        return MountState.ABSENT if self.record is None else self.record.state
+NODE = MountKey("")  # in drains: all keys of this node
 
 
 class Attachments:
@@ -88,25 +57,35 @@ class Attachments:
         grace: float,
         warn_mounts: int,
         max_mounts: int,
+        repair_attempts: int = 8,
+        repair_pause: float = 15.0,
+        mend: Mend | None = None,
     ) -> None:
         self._verifier = verifier
         self._journal = journal
         self._mounter = mounter
         self._binds = binds
         self._driver = drivers.default
-        self._grace = grace
         self._warn_mounts = warn_mounts
         self._max_mounts = max_mounts
-        self._keys: dict[MountKey, _Key] = {}
+        self._keys = Keys()
+        self._lifecycle = Lifecycle(
+            keys=self._keys,
+            journal=journal,
+            mounter=mounter,
+            binds=binds,
+            mend=mend,
+            grace=grace,
+            attempts=repair_attempts,
+            longest_pause=repair_pause,
+        )
         self._folders: dict[Folder, MountKey] = {}
-        self._listeners: list[Callable[[Transition], None]] = []
-        self._tasks = asyncio.TaskGroup()
-        self._running: set[asyncio.Task[None]] = set()
         self._attaching: dict[SessionID, set[asyncio.Task[None]]] = {}
-        self._stopping = False
+        self._drains: set[MountKey] = set()
 
     async def __aenter__(self) -> Self:
-        await self._tasks.__aenter__()
+        self._drains = {MountKey(key) for key in await self._journal.drains()}
+        await self._keys.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -114,19 +93,15 @@ class Attachments:
 
     async def close(self) -> None:
         """Ends the background tasks. Mounts, binds and processes stay; the journal knows them."""
-        self._stopping = True
-        for entry in self._keys.values():
-            if entry.grace is not None:
-                entry.grace.cancel()
-            if entry.process is not None:
-                entry.process.let_go()
-        for task in list(self._running):
-            task.cancel()
-        await self._tasks.__aexit__(None, None, None)
+        await self._keys.close()
 
-    def listen(self, listener: Callable[[Transition], None]) -> None:
-        """`listener` is called at every transition, on the loop; it must not block."""
-        self._listeners.append(listener)
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """`listener` is called at every event, on the loop; it must not block."""
+        self._keys.listen(listener)
+
+    def tell(self, kind: EventKind, **detail: object) -> None:
+        """An event that concerns the whole node, told by another part of the agent."""
+        self._keys.tell(kind, detail=detail)
 
     # --- what is there ------------------------------------------------------------------------------------------------
 
@@ -134,7 +109,7 @@ class Attachments:
         """Every key that is not absent, with its attachments."""
         return [
             (entry.record, list(entry.attachments.values()))
-            for entry in self._keys.values()
+            for entry in self._keys.entries.values()
             if entry.record is not None
         ]
 
@@ -149,12 +124,36 @@ class Attachments:
         """What an operator should look at."""
         mounts = self.mounts()
         found = [
-            f"The mount of {record.plan.place} is dead: {record.last_error or 'unknown cause'}"
+            f"The mount of {record.plan.place} is {record.state}: {record.last_error or 'unknown cause'}"
             for record, _ in mounts
-            if record.state is MountState.DEAD
+            if record.state in (MountState.DEAD, MountState.FAILED)
         ]
+        for entry in self._keys.entries.values():
+            if entry.record is not None:
+                found += [text for text in (entry.unresponsive, entry.trouble) if text is not None]
+        if self._drains:
+            found.append("This node refuses new attachments (draining)." if self.draining else "Some mounts drain.")
         if len(mounts) >= self._warn_mounts:
             found.append(f"{len(mounts)} mounts; at {self._max_mounts} further ones are refused.")
+        return found
+
+    def entry(self, key: MountKey) -> Entry | None:
+        """What is known of a key, to look at."""
+        entry = self._keys.entries.get(key)
+        return entry if entry is not None and entry.record is not None else None
+
+    def process(self, key: MountKey) -> MountProcess | None:
+        """The mount process of a key, while it lives."""
+        entry = self.entry(key)
+        return entry.process if entry is not None else None
+
+    def tokens(self) -> set[str]:
+        """Every start of a mount process that is known here, those under way and former ones included."""
+        found: set[str] = set()
+        for entry in self._keys.entries.values():
+            found.update(entry.retired)
+            if entry.record is not None:
+                found.add(entry.record.token)
         return found
 
     # --- attach -------------------------------------------------------------------------------------------------------
@@ -163,47 +162,58 @@ class Attachments:
         """Mounts, or shares, what a grant permits and binds it for its session.
 
         Idempotent for the same session, folder and mount key. Raises `TokenExpired`, `TokenInvalid` (also for a grant
-        that was used and released), `AlreadyExists`, `LimitExceeded`, and everything that checking and mounting can
-        raise.
+        that was used and released), `AlreadyExists`, `LimitExceeded`, `ServiceUnavailable` (draining, stopping), and
+        everything that checking and mounting can raise.
         """
-        if self._stopping:
-            raise ServiceUnavailable("The agent is stopping.", hint="Attach when it runs again.")
-        grant = self._verifier.verify(token)
-        plan = MountPlan.of(grant.request, self._driver)
-        return await self._apart(f"attach {grant.session}", self._attach(grant, plan), session=grant.session)
+        return await self.attach_order(Order.of(self._verifier.verify(token), self._verifier, self._driver))
 
-    async def _attach(self, grant: Grant, plan: MountPlan) -> BindSpec:
-        folder: Folder = (grant.session, grant.vfid)
-        async with self._key(plan.key, ticket := _Ticket()) as entry:
-            item = await self._attached(entry, folder, grant, plan)
+    async def attach_order(self, order: Order) -> BindSpec:
+        """As `attach`, for what was allowed in another way."""
+        if self._keys.stopping:
+            raise ServiceUnavailable("The agent is stopping.", hint="Attach when it runs again.")
+        group = self._attaching.setdefault(order.session, set())
+
+        async def attach() -> BindSpec:
+            try:
+                return await self._attach(order)
+            finally:
+                if group <= {asyncio.current_task()}:
+                    self._attaching.pop(order.session, None)
+
+        return await self._keys.apart(f"attach {order.session}", attach(), group)
+
+    async def _attach(self, order: Order) -> BindSpec:
+        plan = order.plan
+        folder: Folder = (order.session, order.vfid)
+        async with self._keys.hold(plan.key, ticket := Ticket()) as entry:
+            item = await self._attached(entry, folder, order)
             if item is not None:
                 return self.spec(item, plan)
+            self._refuse_draining(plan.key)
             if entry.failure is not None and entry.attempts > ticket.attempts:
                 raise entry.failure  # the start that this attach waited for
-            credential = self._verifier.open(grant)
+            credential = order.credential()
             record = await self._record_for(entry, plan, credential)
             item = AttachmentRecord(
-                session=grant.session,
-                vfid=grant.vfid,
+                session=order.session,
+                vfid=order.vfid,
                 key=plan.key,
-                target=grant.request.target,
+                target=order.target,
                 state=AttachmentState.BINDING,
                 since=time.time(),
-                grant_id=grant.token_id,
+                grant_id=order.order_id,
             )
             was = entry.state
-            await self._journal.begin_attach(item, record, grant.expires_at.timestamp())
-            if entry.grace is not None:
-                entry.grace.cancel()
-                entry.grace = None
+            await self._journal.begin_attach(item, record, order.expires)
+            self._lifecycle.revive(entry)
             entry.record = record
             entry.attachments[folder] = item
             self._folders[folder] = plan.key
             if record.state is not was:
-                self._tell(record, was)
+                self._keys.tell_state(record, was)
             try:
                 if record.state is MountState.STAGING:
-                    await self._start(entry, record, credential)
+                    await self._lifecycle.start(entry, record, credential)
                 await off_loop(
                     "a session bind",
                     KERNEL_SECONDS,
@@ -219,40 +229,34 @@ class Attachments:
             log.info("attached", session=item.session, vfid=str(item.vfid), key=item.key, place=plan.place)
             return self.spec(item, plan)
 
-    async def _attached(self, entry: _Key, folder: Folder, grant: Grant, plan: MountPlan) -> AttachmentRecord | None:
-        """The attachment that this grant asks for, if it is there already."""
+    async def _attached(self, entry: Entry, folder: Folder, order: Order) -> AttachmentRecord | None:
+        """The attachment that this order asks for, if it is there already; a dead mount is repaired for it first."""
         item = entry.attachments.get(folder)
-        if item is not None and item.target == grant.request.target:
-            if entry.state is MountState.LIVE:
-                return item
-            raise self._dead(plan, entry)
+        if item is not None and item.target == order.target:
+            if entry.state in (MountState.DEAD, MountState.FAILED):
+                await self._lifecycle.revive_dead(entry, order.credential())
+            return item
         if folder in self._folders:
             raise AlreadyExists(
                 f"Session {folder[0]} has folder {folder[1]} attached already, with other terms.",
                 hint="Detach it first.",
             )
-        if await self._journal.grant_used(grant.token_id):
+        if await self._journal.grant_used(order.order_id):
             raise TokenInvalid("This grant was used already and its attachment has ended.", hint="Ask for a new one.")
         return None
 
-    def _dead(self, plan: MountPlan, entry: _Key) -> MountFailed:
-        cause = entry.record.last_error if entry.record else None
-        return MountFailed(
-            f"The mount of {plan.place} is dead and sessions still hold it ({cause or entry.state}).",
-            hint="End the sessions that use it, then attach again.",
-        )
-
-    async def _record_for(self, entry: _Key, plan: MountPlan, credential: S3Credential) -> MountRecord:
+    async def _record_for(self, entry: Entry, plan: MountPlan, credential: S3Credential) -> MountRecord:
         """The record that a new attachment goes with: the living one, or a new one in state staging (checked, not
         begun).
         """
         if entry.state in (MountState.DEAD, MountState.FAILED):
             if entry.attachments:
-                raise self._dead(plan, entry)
-            await self._take_down(entry)
+                await self._lifecycle.revive_dead(entry, credential)
+            else:
+                await self._lifecycle.take_down(entry)
         if entry.record is not None:
-            return _in_state(entry.record, MountState.LIVE)
-        count = sum(other.record is not None for other in self._keys.values())
+            return in_state(entry.record, MountState.LIVE)
+        count = sum(other.record is not None for other in self._keys.entries.values())
         if count >= self._max_mounts:
             raise LimitExceeded(
                 f"This node has {count} mounts, and {self._max_mounts} is its limit.",
@@ -264,44 +268,23 @@ class Attachments:
             entry.attempts += 1
             entry.failure = err
             raise
-        return MountRecord(plan=plan, state=MountState.STAGING, since=time.time(), token=new_token())
-
-    async def _start(self, entry: _Key, record: MountRecord, credential: S3Credential) -> None:
-        begun = time.monotonic()
-        try:
-            process = entry.process = await self._mounter.start(record, credential)
-            record.process = process.identity
-            await self._journal.save_mount(record)
-            record.device = await self._mounter.ready(record, process, credential.secret_key)
-            await self._mounter.place(record)
-            await self._journal.save_mount(_in_state(record, MountState.LIVE))
-        except MooringError as err:
-            entry.failure = err
-            raise
-        else:
-            entry.failure = None
-        finally:
-            entry.attempts += 1
-        self._move(entry, MountState.LIVE)
-        self._background_task(f"watch {record.key}", self._watch(record.key, process))
-        log.info(
-            "mounted",
-            key=record.key,
-            place=record.plan.place,
-            mode=record.plan.mode,
-            pid=process.pid,
-            duration_ms=round((time.monotonic() - begun) * 1000, 1),
+        return MountRecord(
+            plan=plan,
+            state=MountState.STAGING,
+            since=time.time(),
+            token=new_token(),
+            credential_expires=credential.expires_at.timestamp() if credential.expires_at else None,
         )
 
     # --- detach -------------------------------------------------------------------------------------------------------
 
     async def detach_session(self, session: SessionID) -> int:
         """Ends every attachment of a session. Returns how many there were. Idempotent."""
-        return await self._apart(f"detach {session}", self._detach_all(session))
+        return await self._keys.apart(f"detach {session}", self._detach_all(session))
 
     async def detach(self, session: SessionID, folder_hex: str) -> int:
         """Ends one attachment, named by the hex digits of its folder. Returns 1 or 0. Idempotent."""
-        return await self._apart(f"detach {session}", self._detach_all(session, folder_hex))
+        return await self._keys.apart(f"detach {session}", self._detach_all(session, folder_hex))
 
     async def _detach_all(self, session: SessionID, folder_hex: str | None = None) -> int:
         """All of them, also if one fails; then the first error is raised.
@@ -322,7 +305,7 @@ class Attachments:
         key = self._folders.get(folder)
         if key is None:
             return False
-        async with self._key(key) as entry:
+        async with self._keys.hold(key) as entry:
             item = entry.attachments.get(folder)
             if item is None:
                 return False
@@ -330,7 +313,7 @@ class Attachments:
             log.info("detached", session=item.session, vfid=str(item.vfid), key=key)
             return True
 
-    async def _release(self, entry: _Key, item: AttachmentRecord, *, forget_grant: bool = False) -> None:
+    async def _release(self, entry: Entry, item: AttachmentRecord, *, forget_grant: bool = False) -> None:
         """Unbinds and forgets one attachment; the mount of the last one drains, or goes at once if it never lived."""
         await self._journal.set_attachment(item, AttachmentState.RELEASING)
         await off_loop("an unbind", KERNEL_SECONDS, lambda: self._binds.remove(item.session, item.vfid))
@@ -338,73 +321,25 @@ class Attachments:
         folder: Folder = (item.session, item.vfid)
         entry.attachments.pop(folder, None)
         self._folders.pop(folder, None)
-        if entry.attachments or entry.record is None:
-            return
-        if entry.record.state is MountState.LIVE and self._grace > 0 and not self._stopping:
-            await self._drain(entry)
-        else:
-            await self._take_down(entry)
-
-    async def _drain(self, entry: _Key) -> None:
-        record = entry.record
-        if record is None:
-            return
-        await self._journal.save_mount(_in_state(record, MountState.DRAINING))
-        self._move(entry, MountState.DRAINING)
-        entry.grace = self._background_task(f"grace {record.key}", self._expire(record.key, self._grace))
-
-    async def _expire(self, key: MountKey, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-        async with self._key(key) as entry:
-            if entry.state is MountState.DRAINING and entry.grace is asyncio.current_task():
-                entry.grace = None
-                await self._take_down(entry)
-
-    async def _take_down(self, entry: _Key) -> None:
-        """Removes the mount of a key without attachments. If something stays, the key stays with it and says why."""
-        record = entry.record
-        if record is None:
-            return
-        if entry.grace is not None and entry.grace is not asyncio.current_task():
-            entry.grace.cancel()
-        entry.grace = None
-        process, entry.process = entry.process, None
-        begun = time.monotonic()
-        try:
-            await self._mounter.remove(record, process)
-        except MooringError as err:
-            entry.process = process
-            await self._journal.save_mount(_in_state(record, MountState.FAILED, str(err)))
-            self._move(entry, MountState.FAILED, error=str(err))
-            log.error("mount could not be removed", key=record.key, place=record.plan.place, error=str(err))
-            raise
-        await self._journal.drop_mount(record.key)
-        self._move(entry, MountState.ABSENT)
-        entry.record = None
-        log.info(
-            "unmounted",
-            key=record.key,
-            place=record.plan.place,
-            duration_ms=round((time.monotonic() - begun) * 1000, 1),
-        )
+        await self._lifecycle.rest(entry)
 
     async def collect(self, grace: float = 0.0) -> int:
         """Takes down mounts without sessions that have been so for at least `grace` seconds. Returns how many."""
         keys = [
             key
-            for key, entry in self._keys.items()
+            for key, entry in self._keys.entries.items()
             if entry.state in (MountState.DRAINING, MountState.FAILED)
             and entry.record is not None
             and time.time() - entry.record.since >= grace
         ]
-        return await self._apart("collect", self._collect(keys))
+        return await self._keys.apart("collect", self._collect(keys))
 
     async def _collect(self, keys: list[MountKey]) -> int:
         async def one(key: MountKey) -> bool:
-            async with self._key(key) as entry:
+            async with self._keys.hold(key) as entry:
                 if entry.state not in (MountState.DRAINING, MountState.FAILED) or entry.attachments:
                     return False
-                await self._take_down(entry)
+                await self._lifecycle.take_down(entry)
                 return True
 
         return sum([result is True for result in await asyncio.gather(*map(one, keys))])
@@ -413,18 +348,18 @@ class Attachments:
         """Refuses new attachments, ends all there are and takes every mount down. Raises nothing: what stays is
         logged.
         """
-        self._stopping = True
+        self._keys.stopping = True
         if attaching := [task for tasks in self._attaching.values() for task in tasks]:
             for task in attaching:
                 task.cancel()  # it cleans up after itself
             await asyncio.wait(attaching)
         folders = list(self._folders)
-        keys = [key for key, entry in self._keys.items() if entry.record is not None]
+        keys = [key for key, entry in self._keys.entries.items() if entry.record is not None]
 
         async def rest(key: MountKey) -> None:
-            async with self._key(key) as entry:
+            async with self._keys.hold(key) as entry:
                 if entry.record is not None and not entry.attachments:
-                    await self._take_down(entry)
+                    await self._lifecycle.take_down(entry)
 
         detached = await asyncio.gather(*map(self._detach, folders), return_exceptions=True)
         rested = await asyncio.gather(*map(rest, keys), return_exceptions=True)
@@ -432,131 +367,119 @@ class Attachments:
             if isinstance(result, BaseException):
                 log.error("not everything could be taken down", error=str(result))
 
-    # --- deaths -------------------------------------------------------------------------------------------------------
+    # --- drain --------------------------------------------------------------------------------------------------------
 
-    async def _watch(self, key: MountKey, process: MountProcess) -> None:
-        await process.ended.wait()
-        async with self._key(key) as entry:
-            record = entry.record
-            if entry.process is not process or record is None:
-                return  # it was us
-            said = process.last_words()
-            error = f"The mount process ended (status {process.status})" + (f"; it said: {said}" if said else ".")
-            log.warning("mount process ended", key=key, place=record.plan.place, pid=process.pid, status=process.status)
-            await self._journal.save_mount(_in_state(record, MountState.DEAD, error))
-            self._move(entry, MountState.DEAD, error=error)
-            if not entry.attachments:
-                await self._take_down(entry)
+    @property
+    def draining(self) -> bool:
+        """The whole node refuses new attachments."""
+        return NODE in self._drains
+
+    @property
+    def drains(self) -> frozenset[MountKey]:
+        """Keys that refuse new attachments; `NODE` stands for all."""
+        return frozenset(self._drains)
+
+    async def drain(self, keys: Collection[MountKey] | None = None) -> None:
+        """Refuses new attachments of these keys (None: of all) from now on, also after a restart. Idempotent.
+
+        What is attached stays until its session ends.
+        """
+        wanted = {NODE} if keys is None else set(keys)
+        for key in wanted - {NODE}:
+            if self.entry(key) is None:
+                raise NotFound(f"This node has no mount {key}.", hint="See `mooring mounts ls`.")
+        await self._journal.begin_drain(wanted)
+        self._drains |= wanted
+        self._keys.tell(EventKind.DRAIN, detail={"draining": True, "keys": sorted(wanted - {NODE})})
+
+    async def resume(self, keys: Collection[MountKey] | None = None) -> None:
+        """The end of `drain`; None ends all. Idempotent."""
+        await self._journal.end_drain(keys)
+        self._drains = set() if keys is None else self._drains - set(keys)
+        self._keys.tell(EventKind.DRAIN, detail={"draining": False, "keys": sorted(keys or ())})
+
+    def _refuse_draining(self, key: MountKey) -> None:
+        if self.draining:
+            raise ServiceUnavailable(
+                "This node is being drained and takes no new attachments.",
+                hint="Use another node; an administrator ends it with `mooring mounts drain --cancel`.",
+            )
+        if key in self._drains:
+            raise ServiceUnavailable(
+                "This mount is being drained and takes no new attachments.",
+                hint="Wait; an administrator ends it with `mooring mounts drain --cancel`.",
+            )
+
+    # --- what watchers, reconciler and operators do -------------------------------------------------------------------
+
+    async def lost(self, key: MountKey, reason: str) -> bool:
+        """The mount of a key is given up though its process runs: see `Lifecycle.lost`."""
+        return await self._keys.apart(f"lost {key}", self._lifecycle.lost(key, reason))
+
+    async def misplaced(self, key: MountKey, reason: str) -> bool:
+        """The mount of a key is not seen in the pool any more: see `Lifecycle.misplaced`."""
+        return await self._keys.apart(f"misplaced {key}", self._lifecycle.misplaced(key, reason))
+
+    async def rebind(self, item: AttachmentRecord) -> None:
+        """A session bind is not there, or covered by somebody: see `Lifecycle.rebind`."""
+        await self._keys.apart(f"rebind {item.session}", self._lifecycle.rebind(item))
+
+    async def repair(self, key: MountKey) -> bool:
+        """Repairs a dead or failed mount now. False if it lives. Raises what stopped it, or `NotFound`."""
+        return await self._keys.apart(f"repair {key}", self._lifecycle.repair(key))
+
+    async def renew(self, token: str) -> None:
+        """Gives the mount of an attachment the fresh credential of a new grant. Raises as `attach` does."""
+        await self.renew_order(Order.of(self._verifier.verify(token), self._verifier, self._driver))
+
+    async def renew_order(self, order: Order) -> None:
+        """The order must name an attachment there is, with the same mount key."""
+        await self._keys.apart(f"renew {order.plan.key}", self._renew(order))
+
+    async def _renew(self, order: Order) -> None:
+        async with self._keys.hold(order.plan.key) as entry:
+            if (order.session, order.vfid) not in entry.attachments:
+                other = self._folders.get((order.session, order.vfid))
+                if other is not None:
+                    raise Conflict(
+                        f"Folder {order.vfid} of session {order.session} is mounted with other terms.",
+                        hint="Ask for a grant with the terms of the first one.",
+                    )
+                raise NotFound(
+                    f"Session {order.session} has folder {order.vfid} not attached here.", hint="Attach it first."
+                )
+            credential = order.credential()
+            if entry.state in (MountState.DEAD, MountState.FAILED):
+                await self._lifecycle.revive_dead(entry, credential)
+            else:
+                await self._lifecycle.renew(entry, credential)
+
+    def trouble(self, key: MountKey, text: str | None) -> None:
+        """A problem between a living mount and S3, in one sentence; None: it works (again)."""
+        entry = self.entry(key)
+        if entry is not None and entry.record is not None and entry.trouble != text:
+            entry.trouble = text
+            self._keys.tell(EventKind.TROUBLE, entry.record, error=text)
+
+    def unresponsive(self, key: MountKey, text: str | None) -> None:
+        """The process of a mount does not answer; None: it does (again)."""
+        entry = self.entry(key)
+        if entry is not None and entry.record is not None and entry.unresponsive != text:
+            entry.unresponsive = text
+            kind = EventKind.ANSWERS if text is None else EventKind.UNRESPONSIVE
+            self._keys.tell(kind, entry.record, error=text)
 
     # --- taking over --------------------------------------------------------------------------------------------------
 
-    async def adopt(self, record: MountRecord, process: MountProcess, items: list[AttachmentRecord]) -> None:
-        """Takes over a living mount of a former agent with its attachments; without any it starts to drain."""
-        async with self._key(record.key) as entry:
-            entry.record, entry.process = record, process
+    async def adopt(
+        self,
+        record: MountRecord,
+        process: MountProcess | None,
+        items: Collection[AttachmentRecord],
+        retired: dict[str, MountProcess | None] | None = None,
+    ) -> None:
+        """Takes over what a former agent left of a key; see `Lifecycle.adopt`."""
+        async with self._keys.hold(record.key) as entry:
             for item in items:
-                folder: Folder = (item.session, item.vfid)
-                entry.attachments[folder] = item
-                self._folders[folder] = record.key
-            record.state = MountState.LIVE
-            self._background_task(f"watch {record.key}", self._watch(record.key, process))
-            if not items:
-                await self._drain(entry)
-
-    # --- plumbing -----------------------------------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def _key(self, key: MountKey, ticket: _Ticket | None = None) -> AsyncIterator[_Key]:
-        """The entry of a key under its lock; an absent one that nobody waits for is forgotten afterwards."""
-        entry = self._keys.setdefault(key, _Key())
-        entry.users += 1
-        if ticket is not None:
-            ticket.attempts = entry.attempts
-        try:
-            async with entry.lock:
-                yield entry
-        finally:
-            entry.users -= 1
-            if entry.users == 0 and entry.record is None:
-                self._keys.pop(key, None)
-
-    def _move(self, entry: _Key, new: MountState, *, error: str | None = None) -> None:
-        """The transition itself, after the journal has it."""
-        record = entry.record
-        if record is None:
-            return
-        old = record.state
-        record.state, record.since, record.last_error = new, time.time(), error
-        self._tell(record, old, new)
-
-    def _tell(self, record: MountRecord, old: MountState, new: MountState | None = None) -> None:
-        step = Transition(time.time(), record.key, old, new or record.state, record.plan, record.last_error)
-        for listener in self._listeners:
-            listener(step)
-
-    def _background_task(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Runs in the group; an error is logged and ends only this task."""
-
-        async def run() -> None:
-            try:
-                await work
-            except MooringError as err:
-                log.error("background task failed", task=name, error=str(err))
-            except Exception:
-                log.exception("background task failed", task=name)
-
-        return self._keep(run(), name)
-
-    def _keep(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = self._tasks.create_task(work, name=name)
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        return task
-
-    async def _apart(self, name: str, work: Coroutine[Any, Any, T], *, session: SessionID | None = None) -> T:
-        """The result of `work`, which goes on if this caller is cancelled. `session`: it is an attach of that
-        session.
-        """
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-
-        async def run() -> None:
-            try:
-                result = await work
-            except asyncio.CancelledError:
-                future.cancel()
-                raise
-            except Exception as err:
-                future.set_exception(err)
-            else:
-                future.set_result(result)
-
-        task = self._keep(run(), name)
-        task.add_done_callback(lambda _: future.done() or future.cancel())  # cancelled before its first step
-        if session is not None:
-            group = self._attaching.setdefault(session, set())
-            group.add(task)
-
-            def ended(done: asyncio.Task[None]) -> None:
-                group.discard(done)
-                if not group:
-                    self._attaching.pop(session, None)
-
-            task.add_done_callback(ended)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            # Nobody will look at the outcome any more; asyncio would complain about that.
-            future.add_done_callback(lambda done: done.cancelled() or done.exception())
-            raise
-
-
-class _Ticket:
-    """How many starts of a key had ended when somebody began to wait for it."""
-
-    attempts = 0
-
-
-def _in_state(record: MountRecord, state: MountState, error: str | None = None) -> MountRecord:
-    """A copy in another state, for the journal: it is told first."""
-    since = record.since if state is record.state else time.time()
-    return replace(record, state=state, since=since, last_error=error)
+                self._folders[item.session, item.vfid] = record.key
+            await self._lifecycle.adopt(entry, record, process, items, retired or {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from pathlib import Path
 
 from storage_proxy.core.errors import MountError, NoSpace
@@ -11,17 +12,31 @@ from storage_proxy.core.secrets import Secret
 
 
 def write_credential(path: Path, content: Secret) -> None:
-    """Makes a new file, never through a symlink, never over another. On failure nothing stays."""
+    """Makes or replaces the file at once, never through a symlink. On failure what was there stays."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as err:
         raise MountError(f"A credential file cannot be made: {err.strerror}.", hint="Check the runtime-dir.") from None
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(content.reveal().encode())
+        temporary.rename(path)
     except OSError as err:
-        wipe_credential(path)
+        wipe_credential(temporary)
         raise NoSpace(f"A credential file cannot be written: {err.strerror}.", hint="Free space in /run.") from None
+
+
+def read_credential(path: Path) -> Secret:
+    """Raises `MountError` if it is gone."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
+            return Secret(file.read().decode())
+    except OSError as err:
+        raise MountError(
+            f"The credential of the mount cannot be read: {err.strerror}.", hint="Attach the folder again."
+        ) from None
 
 
 def wipe_credential(path: Path) -> None:

@@ -92,8 +92,9 @@ class Layout:
     def bind(self, session: SessionID, vfid: VFolderID) -> Path:
         return self.sessions / session / vfid.hex
 
-    def credential(self, token: str) -> Path:
-        return self.creds / token
+    def credential(self, key: MountKey) -> Path:
+        """One per key: it outlives a mount process, for the one that comes after it."""
+        return self.creds / key
 
     def log(self, token: str) -> Path:
         return self.logs / token

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import os
 import resource
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from storage_proxy.client import ManagerClient
@@ -21,6 +22,7 @@ from .api import AgentApi, DriverStatus, driver_status, make_app
 from .attachments import Attachments
 from .config import AgentConfig
 from .containers import Binds
+from .containers.mend import mend
 from .drivers import Drivers
 from .grants import GrantVerifier
 from .host import check_host
@@ -52,13 +54,21 @@ async def serve(config: AgentConfig) -> None:
     os.umask(0o077)
     harden_process()
     check_host()
-    async with running(config) as server:
-        await server.run_until_signal()
+    async with running(config) as agent:
+        await agent.server.run_until_signal()
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """An agent whose parts run; `server` listens once it is entered."""
+
+    attachments: Attachments
+    server: Server
 
 
 @asynccontextmanager
-async def running(config: AgentConfig) -> AsyncIterator[Server]:
-    """Everything but the listening socket: state, reconciled mounts, background tasks; and the server to be entered."""
+async def running(config: AgentConfig) -> AsyncIterator[Agent]:
+    """Everything but the listening socket: state, reconciled mounts, background tasks."""
     section = config.agent
     state = _state_dir(section.state_dir)
     scratch = state / "scratch"
@@ -67,7 +77,7 @@ async def running(config: AgentConfig) -> AsyncIterator[Server]:
     drivers = Drivers(config.driver)
     sealing_key = SealingKey.load_or_create(state / "sealing.key")
     token = read_secret(config.manager.token_file) if config.manager is not None else None
-    verifier = GrantVerifier(section.id, config.grants.public_key_files, sealing_key)
+    verifier = GrantVerifier(section.id, config.grants.public_key_files if config.grants else (), sealing_key)
     async with AsyncExitStack() as stack:
         lock = layout.lock()
         stack.callback(layout.unlock, lock)
@@ -95,6 +105,9 @@ async def running(config: AgentConfig) -> AsyncIterator[Server]:
                 grace=section.grace_period,
                 warn_mounts=section.warn_mounts,
                 max_mounts=section.max_mounts,
+                repair_attempts=section.repair_attempts,
+                repair_pause=section.repair_pause,
+                mend=_mend,
             )
         )
         if section.stop_mounts_on_exit:
@@ -125,12 +138,16 @@ async def running(config: AgentConfig) -> AsyncIterator[Server]:
             checks = _health_checks(journal, drivers, attachments, publisher)
             uids = {*section.allowed_uids, os.geteuid()}
             try:
-                yield Server(
-                    [Listener(make_app(api, uids, checks), "agent API", socket=_socket_place(section.api_socket))]
-                )
+                app = make_app(api, uids, checks)
+                server = Server([Listener(app, "agent API", socket=_socket_place(section.api_socket))])
+                yield Agent(attachments, server)
             finally:
                 for task in background:
                     task.cancel()
+
+
+async def _mend(old_devices: Collection[str], source: Path) -> int:
+    return sum(result.error is None for result in await mend(old_devices, source))
 
 
 def _state_dir(path: Path) -> Path:

@@ -11,19 +11,20 @@ import asyncio
 import contextlib
 import secrets
 import shutil
+import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from storage_proxy.core.errors import DeadlineExceeded, MountError, MountFailed, NoSpace
+from storage_proxy.core.errors import DeadlineExceeded, MooringError, MountError, MountFailed, NoSpace
 from storage_proxy.core.logs import get_logger
 from storage_proxy.core.secrets import Secret
 from storage_proxy.core.wire import S3Credential
 
-from .credentials import wipe_credential, write_credential
+from .credentials import read_credential, wipe_credential, write_credential
 from .drivers import Drivers, MountPlan
 from .journal import MountRecord
-from .kernel import MountEntry, entries_at, move_mount, top_at
+from .kernel import MountEntry, entries_at, move_mount, read_mountinfo, top_at
 from .kernel import fusectl as _fusectl
 from .kernel.abandon import off_loop
 from .layout import Layout, not_permitted, unmount_stack
@@ -68,8 +69,26 @@ class Mounter:
         driver.accept(plan, credential)
         await check_place(plan.location, credential, info, deadline=self._deadline, ca_file=self._ca_file)
 
-    async def start(self, record: MountRecord, credential: S3Credential) -> MountProcess:
-        """Writes the credential file and starts the process. On failure the caller calls `remove`."""
+    async def examine(self, record: MountRecord) -> MooringError | None:
+        """Why S3 refuses what a mount needs, with the credential of that mount; None if it does not."""
+        try:
+            credential = self._credential(record)
+            driver = self._drivers.get(record.plan.driver)
+            info = await off_loop("a look at the driver", KERNEL_SECONDS + 1, driver.check)
+            await check_place(record.plan.location, credential, info, deadline=self._deadline, ca_file=self._ca_file)
+        except MooringError as err:
+            return err
+        return None
+
+    def _credential(self, record: MountRecord) -> S3Credential:
+        driver = self._drivers.get(record.plan.driver)
+        return driver.read_credential(read_credential(self._layout.credential(record.key)))
+
+    async def start(self, record: MountRecord, credential: S3Credential | None) -> MountProcess:
+        """Writes the credential file, if there is a credential to write (else the key has one), and starts the process.
+
+        On failure the caller calls `remove` or `undo`.
+        """
         layout, token = self._layout, record.token
         driver = self._drivers.get(record.plan.driver)
         scratch = self._scratch / token
@@ -80,27 +99,32 @@ class Mounter:
             raise NoSpace(
                 f"A directory for the mount cannot be made: {err.strerror}.", hint="Free space below the state-dir."
             ) from None
-        write_credential(layout.credential(token), driver.credential_file(credential))
+        if credential is not None:
+            write_credential(layout.credential(record.key), driver.credential_file(credential))
         launch = driver.launch(
-            record.plan, mount_point=layout.staged(token), credential=layout.credential(token), scratch=scratch
+            record.plan, mount_point=layout.staged(token), credential=layout.credential(record.key), scratch=scratch
         )
         return MountProcess.start(launch, layout.log(token))
 
-    async def ready(self, record: MountRecord, process: MountProcess, *secrets: Secret) -> str:
+    async def ready(self, record: MountRecord, process: MountProcess) -> str:
         """Waits until the staged mount is usable. Returns its device, "major:minor".
 
         Raises `MountFailed` if the process ended, `DeadlineExceeded` if the time did.
         """
+        secrets: list[Secret] = []
+        with contextlib.suppress(MooringError):
+            secrets.append(self._credential(record).secret_key)
         return await wait_ready(
             self._layout.staged(record.token), process, self._prober, record.plan, self._deadline, secrets
         )
 
     async def place(self, record: MountRecord) -> None:
-        """Moves the mount from the stage to the pool."""
+        """Moves the mount from the stage to the pool, in the place of what is there. Nobody else looks at the pool."""
         target = self._layout.pooled(record.key)
 
         def move() -> None:
             target.mkdir(mode=0o755, exist_ok=True)
+            unmount_stack(target)
             move_mount(self._layout.staged(record.token), target)
             self._layout.staged(record.token).rmdir()
 
@@ -111,40 +135,96 @@ class Mounter:
         except OSError as err:
             raise MountError(f"A mount could not be put into the pool: {err.strerror}.", hint="Try again.") from None
 
+    def pooled(self, record: MountRecord) -> Path:
+        return self._layout.pooled(record.key)
+
+    async def placed(self, record: MountRecord) -> bool:
+        """True if what is seen in the pool is the recorded mount."""
+        top = top_at(self._layout.pooled(record.key))
+        return top is not None and top.device == record.device
+
     async def usable(self, record: MountRecord) -> bool:
-        """True if the pooled mount is the recorded one and does not say that it is dead.
+        """True if the recorded mount is in the pool, or still on the stage, and does not say that it is dead.
 
         One that only takes long to answer counts as usable: a busy machine is no reason to end somebody's session.
         """
-        top = top_at(self._layout.pooled(record.key))
-        if top is None or not top.is_fuse or top.device != record.device:
-            return False
-        answer = await self._prober.stat(self._layout.pooled(record.key), KERNEL_SECONDS)
-        return answer.healthy or answer.number is None
+        for place in (self._layout.pooled(record.key), self._layout.staged(record.token)):
+            top = top_at(place)
+            if top is not None and top.is_fuse and top.device == record.device:
+                answer = await self._prober.stat(place, KERNEL_SECONDS)
+                return answer.healthy or answer.number is None
+        return False
 
-    async def remove(self, record: MountRecord, process: MountProcess | None) -> None:
-        """Takes everything of a key away: mounts, process, credential, temporary files. Idempotent.
+    async def cut(self, record: MountRecord, process: MountProcess | None) -> None:
+        """Frees everybody who waits for a mount, and kills its process. Returns at once; raises nothing."""
+        if record.device is not None:
+            await self._abort({int(record.device.partition(":")[2])})
+        if process is not None:
+            process.send(signal.SIGKILL)
 
-        Sessions must be unbound before. Raises `DeadlineExceeded` or `MountError` if something stays.
+    async def undo(self, record: MountRecord, process: MountProcess | None) -> None:
+        """Takes back a start that did not get ready. The key keeps its credential and whatever is in the pool.
+
+        Raises as `remove` does.
         """
-        layout, token = self._layout, record.token
-        places = (layout.staged(token), layout.pooled(record.key))
-        connections = {entry.connection for place in places for entry in entries_at(place) if entry.is_fuse}
+        staged = self._layout.staged(record.token)
+        await self._end([staged], [process])
+        await self.sweep(record.token)
+
+    async def remove(
+        self,
+        record: MountRecord,
+        process: MountProcess | None,
+        retired: Mapping[str, MountProcess | None] | None = None,
+    ) -> None:
+        """Takes everything of a key away: mounts, processes, credential, temporary files. Idempotent.
+
+        `retired` are its former starts by token. Sessions must be unbound before. Raises `DeadlineExceeded` or
+        `MountError` if something stays.
+        """
+        layout = self._layout
+        tokens = [record.token, *(retired or {})]
+        places = [layout.pooled(record.key), *map(layout.staged, tokens)]
+        await self._end(places, [process, *(retired or {}).values()])
+        wipe_credential(layout.credential(record.key))
+        for token in tokens:
+            await self.sweep(token)
+        with contextlib.suppress(OSError):
+            layout.pooled(record.key).rmdir()
+
+    async def _end(self, places: Sequence[Path], processes: Iterable[MountProcess | None]) -> None:
+        """Unmounts, then waits for the processes, in the end by force."""
+        table = read_mountinfo()
+        connections = {entry.connection for place in places for entry in entries_at(place, table) if entry.is_fuse}
         try:
             await self._unmount(places)
         except DeadlineExceeded:
             # The kernel waits for the mount process: end their connection, then it has nothing to wait for.
             await self._abort(connections)
             await self._unmount(places)
-        if process is not None and not await process.stop(patience=_EXIT_SECONDS):
-            await self._abort(connections)
-            if not await process.wait(KERNEL_SECONDS):
-                raise MountError(
-                    f"Mount process {process.pid} of {record.plan.place} does not end.",
-                    hint="Look at its stack in /proc and at the kernel log.",
-                )
-        wipe_credential(layout.credential(token))
-        await off_loop("the removal of temporary files", 60.0, lambda: self._sweep(record))
+        running = [process for process in processes if process is not None]
+        for process, ended in zip(
+            running, await asyncio.gather(*(each.stop(patience=_EXIT_SECONDS) for each in running)), strict=True
+        ):
+            if not ended:
+                await self._abort(connections)
+                if not await process.wait(KERNEL_SECONDS):
+                    raise MountError(
+                        f"Mount process {process.pid} does not end.",
+                        hint="Look at its stack in /proc and at the kernel log.",
+                    )
+
+    async def sweep(self, token: str) -> None:
+        """Removes the directories and the log of one start."""
+        layout = self._layout
+
+        def work() -> None:
+            shutil.rmtree(self._scratch / token, ignore_errors=True)
+            layout.log(token).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                layout.staged(token).rmdir()
+
+        await off_loop("the removal of temporary files", 60.0, work)
 
     async def _unmount(self, places: Iterable[Path]) -> None:
         def work() -> None:
@@ -158,14 +238,6 @@ class Mounter:
             log.info("aborting FUSE connection", connection=connection)
             with contextlib.suppress(OSError):
                 _fusectl.abort(self._layout.fusectl, connection)
-
-    def _sweep(self, record: MountRecord) -> None:
-        layout, token = self._layout, record.token
-        shutil.rmtree(self._scratch / token, ignore_errors=True)
-        layout.log(token).unlink(missing_ok=True)
-        for directory in (layout.staged(token), layout.pooled(record.key)):
-            with contextlib.suppress(OSError):
-                directory.rmdir()
 
 
 async def wait_ready(

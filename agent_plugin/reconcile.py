@@ -180,7 +180,7 @@ class Reconciler:
                     _remove_empty(place)
             _remove_empty(session)
         for path in layout.creds.iterdir():
-            if path.name not in kept:
+            if path.name not in keys:
                 wipe_credential(path)
                 found.credentials += 1
         self._sweep_scratch(kept)

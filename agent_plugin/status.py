@@ -26,9 +26,9 @@ from storage_proxy.core import noticeboard
 from storage_proxy.core.logs import get_logger, redact_text
 from storage_proxy.core.noticeboard import AgentState
 
-from .attachments import Attachments, Transition
+from .attachments import Attachments
 from .config import RedisSection
-from .events import Event, EventKind
+from .events import Event
 
 log = get_logger(__name__)
 
@@ -61,8 +61,7 @@ class StatusPublisher:
         self.last_error: str | None = None
         attachments.listen(self._note)
 
-    def _note(self, step: Transition) -> None:
-        event = Event(step.at, EventKind.STATE, step.key, step.plan, step.old, step.new, step.error)
+    def _note(self, event: Event) -> None:
         self._counted += 1
         self._events.append((self._counted, event))
         self._changed.set()

@@ -9,13 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from storage_proxy.core.errors import MountError, MountFailed
 from storage_proxy.core.ids import AccessMode, MountKey, SessionID, VFolderID
 from storage_proxy.core.wire import BindSpec
 
-from ..kernel import Attribute, Propagation, clone_tree, entries_at, move_mount, set_mount, top_at
+from ..journal import AttachmentRecord, MountRecord
+from ..kernel import (
+    Attribute,
+    MountEntry,
+    Propagation,
+    clone_tree,
+    entries_at,
+    move_mount,
+    read_mountinfo,
+    set_mount,
+    top_at,
+)
 from ..layout import Layout, unmount_stack
 
 
@@ -30,33 +42,57 @@ class Binds:
 
         Raises `MountFailed` if the bind would not recover from a crash (its mount is not shared).
         """
-        source = self._layout.pooled(key)
         place = self._layout.bind(session, vfid)
-        if not any(entry.is_fuse for entry in entries_at(source)):
-            raise MountFailed(f"Nothing is mounted at {source}.", hint="Attach again.")
-        place.mkdir(mode=0o755, parents=True, exist_ok=True)
-        tree = clone_tree(source)
-        try:
-            # Private first: a clone is born into the peer group of the pooled mount.
-            set_mount(tree, propagation=Propagation.PRIVATE)
-            if mode is AccessMode.READ_ONLY:
-                set_mount(tree, attributes=Attribute.RDONLY)
-            set_mount(tree, propagation=Propagation.SHARED)
-            move_mount(tree, place)
-        except OSError as err:
-            raise MountError(
-                f"The folder could not be bound for session {session}: {err.strerror}.", hint="Try again."
-            ) from None
-        finally:
-            os.close(tree)
+        self._stack(key, place, mode)
         self.check(place)
         return place
 
-    def check(self, place: Path) -> None:
+    def _stack(self, key: MountKey, place: Path, mode: AccessMode) -> None:
+        source = self._layout.pooled(key)
+        if not any(entry.is_fuse for entry in entries_at(source)):
+            raise MountFailed(f"Nothing is mounted at {source}.", hint="Attach again.")
+        place.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _put(source, place, read_only=mode is AccessMode.READ_ONLY, propagation=Propagation.SHARED)
+
+    def restack(self, record: MountRecord, items: Sequence[AttachmentRecord]) -> int:
+        """Puts the mount in the pool on top of the session binds that do not show it yet. Returns how many there were.
+
+        Containers that hold them with propagation see it at once. Raises as `make` does, after all were tried.
+        """
+        table = read_mountinfo()
+        places = [self._layout.bind(item.session, item.vfid) for item in items]
+        behind = [place for place in places if (top := top_at(place, table)) is None or top.device != record.device]
+        for place in behind:
+            self._stack(record.key, place, record.plan.mode)
+        if behind:
+            table = read_mountinfo()
+            for place in behind:
+                self.check(place, table)
+        return len(behind)
+
+    def put_back(self, record: MountRecord, items: Sequence[AttachmentRecord]) -> bool:
+        """Makes the pool show the mount of a key again, taken from a session bind. False if none shows it."""
+        table = read_mountinfo()
+        pooled = self._layout.pooled(record.key)
+        for item in items:
+            place = self._layout.bind(item.session, item.vfid)
+            top = top_at(place, table)
+            if top is not None and top.is_fuse and top.device == record.device:
+                pooled.mkdir(mode=0o755, exist_ok=True)
+                _put(place, pooled, read_only=False, propagation=Propagation.PRIVATE)
+                return True
+        return False
+
+    def devices(self, items: Iterable[AttachmentRecord]) -> set[str]:
+        """Every device in the stacks of these binds, the covered ones included."""
+        places = {str(self._layout.bind(item.session, item.vfid)) for item in items}
+        return {entry.device for entry in read_mountinfo() if entry.mount_point in places and entry.is_fuse}
+
+    def check(self, place: Path, table: Sequence[MountEntry] | None = None) -> None:
         """Raises `MountFailed` unless what is seen at `place` is a shared FUSE mount. Podman would take a private one
         too, and its container could never be repaired.
         """
-        top = top_at(place)
+        top = top_at(place, table)
         if top is None or not top.is_fuse or not top.is_shared:
             raise MountFailed(
                 f"The bind at {place} is not a shared mount.", hint="Restart the agent; it makes its mount base anew."
@@ -85,3 +121,20 @@ class Binds:
             target=target,
             read_only=mode is AccessMode.READ_ONLY,
         )
+
+
+def _put(source: Path, place: Path, *, read_only: bool, propagation: Propagation) -> None:
+    """A clone of the mount at `source` onto `place`. Raises `MountError`."""
+    try:
+        tree = clone_tree(source)
+        try:
+            # Private first: a clone is born into the peer group of its source.
+            set_mount(tree, propagation=Propagation.PRIVATE)
+            if read_only:
+                set_mount(tree, attributes=Attribute.RDONLY)
+            set_mount(tree, propagation=propagation)
+            move_mount(tree, place)
+        finally:
+            os.close(tree)
+    except OSError as err:
+        raise MountError(f"The folder could not be bound at {place}: {err.strerror}.", hint="Try again.") from None

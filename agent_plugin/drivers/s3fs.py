@@ -21,7 +21,7 @@ import subprocess
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from storage_proxy.core.errors import ConfigError, DriverMissing, InvalidRequest, Unsupported
+from storage_proxy.core.errors import ConfigError, DriverMissing, InvalidRequest, MountError, Unsupported
 from storage_proxy.core.ids import AccessMode
 from storage_proxy.core.secrets import Secret
 from storage_proxy.core.wire import S3Credential
@@ -98,6 +98,13 @@ class S3fsDriver:
     def credential_file(self, credential: S3Credential) -> Secret:
         # The key=value form: unlike ACCESS:SECRET it allows colons in the secret.
         return Secret(f"AWSAccessKeyId={credential.access_key}\nAWSSecretKey={credential.secret_key.reveal()}\n")
+
+    def read_credential(self, content: Secret) -> S3Credential:
+        lines = dict(line.partition("=")[::2] for line in content.reveal().splitlines())
+        try:
+            return S3Credential(access_key=lines["AWSAccessKeyId"], secret_key=Secret(lines["AWSSecretKey"]))
+        except KeyError:
+            raise MountError("The credential file of the mount is damaged.", hint="Attach the folder again.") from None
 
     def launch(self, plan: MountPlan, *, mount_point: Path, credential: Path, scratch: Path) -> Launch:
         place = plan.location

@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from agent_plugin.attachments import Attachments
 from agent_plugin.config import AgentConfig
 from agent_plugin.kernel import MountEntry, entries_below, unmount
 from agent_plugin.main import running
@@ -136,8 +137,14 @@ class Node:
     @asynccontextmanager
     async def agent(self, **settings: Any) -> AsyncIterator[AgentClient]:
         """An agent in this process, and a client of it."""
-        async with running(self.config(**settings)) as server, server, AgentClient(self.socket) as client:
+        async with self.manager(**settings) as (client, _):
             yield client
+
+    @asynccontextmanager
+    async def manager(self, **settings: Any) -> AsyncIterator[tuple[AgentClient, Attachments]]:
+        """As `agent`, with what is behind the API."""
+        async with running(self.config(**settings)) as agent, agent.server, AgentClient(self.socket) as client:
+            yield client, agent.attachments
 
     # --- what is left -------------------------------------------------------------------------------------------------
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import time
 from pathlib import Path
 
 import pytest
 
-from storage_proxy.core.errors import AlreadyExists, LimitExceeded, MountFailed, TokenInvalid
+from storage_proxy.core.errors import AlreadyExists, LimitExceeded, TokenInvalid
 from storage_proxy.core.ids import AccessMode
 from storage_proxy.core.wire import MountState, Ownership
 from storage_proxy.s3 import S3Client
@@ -216,30 +215,6 @@ async def test_credential_files_are_private_and_the_process_shows_no_secret(node
         assert names == {b"PATH", b"HOME", b"LANG"}
         limits = Path(f"/proc/{pid}/limits").read_text()
         assert "Max core file size" in limits
-
-
-@pytest.mark.expects_log("mount process ended")
-async def test_a_dead_process_is_noticed_and_told(node: Node, folder: str) -> None:
-    async with node.agent() as agent:
-        spec = await agent.attach(node.grant(node.request(folder, "data")))
-        (pid,) = node.processes()
-        os.kill(pid, 9)
-
-        async def dead() -> bool:
-            return (await agent.mounts())[0].state is MountState.DEAD
-
-        await until_async(dead, "the death is noticed", 2.0)
-        (mount,) = await agent.mounts()
-        assert mount.last_error is not None
-        assert "ended" in mount.last_error
-        status = await agent.status()
-        assert status.status == "degraded"
-        with pytest.raises(MountFailed, match="is dead"):
-            await agent.attach(node.grant(node.request(folder, "data")))
-        await agent.detach_session(spec.session_id)
-        assert node.residue() == {}
-        again = await agent.attach(node.grant(node.request(folder, "data")))
-        assert (Path(again.source) / "hello.txt").exists()
 
 
 async def test_more_mounts_than_allowed_are_refused(node: Node, folder: str) -> None:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 
-from agent_plugin.kernel import clone_tree, entries_at, move_mount, set_mount
-from agent_plugin.kernel.syscalls import Propagation
 from storage_proxy.core.ids import AccessMode
 from storage_proxy.s3 import S3Client
 
@@ -94,28 +89,3 @@ async def test_a_folder_whose_session_ends_first(node: Node, folder: str, podman
         assert node.residue() == {}
         code, _ = await podman("exec", name, "cat", "/data/hello.txt")
         assert code != 0
-
-
-@pytest.mark.expects_log("mount process ended")
-async def test_the_layout_can_be_repaired_by_stacking(node: Node, folder: str, podman: Podman) -> None:
-    """What the walls were built for: a new mount stacked on the dead session bind reaches the running container."""
-    async with node.agent() as agent:
-        spec = await agent.attach(node.grant(node.request(folder, "data")))
-        name = await podman.start(spec)
-        (pid,) = node.processes()
-        os.kill(pid, 9)
-        code, output = await podman("exec", name, "cat", "/data/hello.txt")
-        assert code != 0, "dead"
-        spare = await agent.attach(node.grant(node.request(folder, "data", credential_id="spare")))
-        tree = clone_tree(Path(spare.source))
-        set_mount(tree, propagation=Propagation.PRIVATE)
-        set_mount(tree, propagation=Propagation.SHARED)
-        move_mount(tree, Path(spec.source))
-        os.close(tree)
-        code, output = await podman("exec", name, "cat", "/data/hello.txt")
-        assert (code, output) == (0, "hello from data/")
-        assert len(entries_at(spec.source)) == 2
-        await podman.remove(name)
-        for item in (spec, spare):
-            await agent.detach_session(item.session_id)
-        assert node.residue() == {}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from agent_plugin.drivers import MountPlan
-from agent_plugin.journal import AttachmentRecord, AttachmentState, Journal, MountRecord
+from agent_plugin.journal import AttachmentRecord, AttachmentState, Journal, MountRecord, Step
 from agent_plugin.supervisor import ProcessID
 from storage_proxy.core.errors import AlreadyExists, ConfigError
 from storage_proxy.core.ids import AccessMode, MountKey, SessionID, VFolderID
@@ -99,7 +99,7 @@ class JournalMachine(RuleBasedStateMachine):
     @precondition(lambda self: bool(self.mounts))
     def move(self, key: MountKey, state: MountState) -> None:
         if key in self.mounts:
-            self.do(self.journal.save_mount(mount(key, state)))
+            self.do(self.journal.save_mount(Step.MOUNT_LIVE, mount(key, state)))
             self.mounts[key] = state
 
     @rule(key=KEYS)
@@ -135,7 +135,7 @@ async def test_a_mount_comes_back_as_it_was(tmp_path: Path) -> None:
     journal = await Journal.open(tmp_path / "journal")
     record = mount(MountKey("a" * 32), MountState.LIVE)
     record.process, record.device, record.last_error = ProcessID(42, 4711), "0:77", "it said: no"
-    await journal.save_mount(record)
+    await journal.save_mount(Step.MOUNT_LIVE, record)
     await journal.close()
     assert (tmp_path / "journal").stat().st_mode & 0o777 == 0o600
     again = await Journal.open(tmp_path / "journal")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_plugin.credentials import wipe_all, wipe_credential, write_credential
+from agent_plugin.credentials import read_credential, wipe_all, wipe_credential, write_credential
 from agent_plugin.drivers import Launch
 from agent_plugin.kernel import fusectl
 from agent_plugin.kernel.abandon import off_loop
@@ -152,14 +152,17 @@ async def test_credential_files(tmp_path: Path) -> None:
     path = tmp_path / "key"
     write_credential(path, Secret("text"))
     assert path.stat().st_mode & 0o777 == 0o600
-    with pytest.raises(MountError):
-        write_credential(path, Secret("over another"))
     link = tmp_path / "link"
     link.symlink_to(path)
     with pytest.raises(MountError):
-        write_credential(link, Secret("through a link"))
+        read_credential(link)
     wipe_credential(link)
     assert path.read_text() == "text", "wiping a link leaves what it points to"
+    link.symlink_to(path)
+    write_credential(link, Secret("replaced"))
+    assert not link.is_symlink()
+    assert (path.read_text(), read_credential(link).reveal()) == ("text", "replaced")
+    link.unlink()
     keep = path.open("rb")
     wipe_credential(path)
     wipe_credential(path)
