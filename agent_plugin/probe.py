@@ -14,7 +14,9 @@ import errno
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from storage_proxy.core.errors import ServiceUnavailable
@@ -77,25 +79,51 @@ class Prober:
 
     async def stat(self, path: Path, deadline: float) -> Answer:
         """Stats `path` itself: the root of a mount."""
-        number = self._next = self._next + 1
-        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = future
         try:
             async with asyncio.timeout(deadline):
-                questions = await self._questions()
-                questions.write(f"{number} {os.fsencode(path).hex()}\n".encode())
-                await questions.drain()
+                (future,) = await self._ask("s", [path])
                 return Answer(await future)
-        except TimeoutError:
+        except (TimeoutError, ConnectionError):
             return Answer(None)
-        except (ConnectionError, BrokenPipeError):
-            return Answer(None)
-        finally:
-            self._waiting.pop(number, None)
 
     async def fresh_name(self, path: Path, deadline: float) -> Answer:
         """Stats a name below `path` that nobody asked for before, so that no cache of the kernel can answer."""
         return await self.stat(path / f".mooring-probe-{secrets.token_hex(8)}", deadline)
+
+    async def filesystems(self, paths: Sequence[Path]) -> list[asyncio.Future[int]]:
+        """Asks for the size of the file systems at `paths` (statvfs), one after the other in one child.
+
+        The kernel answers this from no cache, so each mount process is really asked; s3fs answers without a request to
+        S3, so a slow server does not matter. Returns a future per path with an errno, 0 for success; behind one that
+        does not answer, none does. Cancel those that are not wanted any more. A future raises `ConnectionError` when
+        the helper ended before the answer came, which says nothing about the mount. Raises `ServiceUnavailable` or
+        `ConnectionError` if it cannot be asked.
+        """
+        return await self._ask("v", paths)
+
+    async def _ask(self, kind: str, paths: Sequence[Path]) -> list[asyncio.Future[int]]:
+        questions = await self._questions()
+        futures: list[asyncio.Future[int]] = []
+        words = [kind]
+        for path in paths:
+            number = self._next = self._next + 1
+            future = self._waiting[number] = asyncio.get_running_loop().create_future()
+            future.add_done_callback(partial(self._settled, number))
+            futures.append(future)
+            words += [str(number), os.fsencode(path).hex()]
+        try:
+            questions.write(" ".join(words).encode() + b"\n")
+            await questions.drain()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+        return futures
+
+    def _settled(self, number: int, future: asyncio.Future[int]) -> None:
+        self._waiting.pop(number, None)
+        if not future.cancelled():
+            future.exception()  # looked at, so that asyncio does not complain where nobody waits any more
 
     async def _questions(self) -> asyncio.StreamWriter:
         """The helper's standard input; starts it if it does not run."""
@@ -127,3 +155,7 @@ class Prober:
             if future is not None and not future.done():
                 future.set_result(int(code))
         log.debug("the mount prober ended")
+        if process is self._process:
+            for future in list(self._waiting.values()):
+                if not future.done():
+                    future.set_exception(ConnectionError("the mount prober ended"))
