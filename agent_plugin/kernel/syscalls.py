@@ -23,6 +23,8 @@ _AT_EMPTY_PATH = 0x1000
 _OPEN_TREE_CLONE = 1
 _OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_MOVE_MOUNT_T_EMPTY_PATH = 0x40
+_CLONE_NEWNS = 0x20000
 
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
@@ -58,6 +60,7 @@ class Attribute(IntFlag):
     RDONLY = 1
     NOSUID = 2
     NODEV = 4
+    NOEXEC = 8
 
 
 class _MountAttr(ctypes.Structure):
@@ -127,21 +130,36 @@ def set_mount(tree: int, *, attributes: Attribute = Attribute.NONE, propagation:
     _check(result, f"mount descriptor {tree}")
 
 
-def move_mount(source: int | Path, target: Path) -> None:
-    """Puts a detached tree (descriptor) or an attached mount (path) onto `target`, on top of whatever is there."""
+def move_mount(source: int | Path, target: int | Path) -> None:
+    """Puts a detached tree (descriptor) or an attached mount (path) onto `target` (a path, or an O_PATH descriptor of
+    the mount point), on top of whatever is there.
+    """
     if isinstance(source, int):
         from_fd, from_path, flags = source, b"", _MOVE_MOUNT_F_EMPTY_PATH
     else:
         from_fd, from_path, flags = _AT_FDCWD, os.fsencode(source), 0
+    if isinstance(target, int):
+        to_fd, to_path, flags = target, b"", flags | _MOVE_MOUNT_T_EMPTY_PATH
+    else:
+        to_fd, to_path = _AT_FDCWD, os.fsencode(target)
     result = _LIBC.syscall(
         _SYS_MOVE_MOUNT,
         ctypes.c_int(from_fd),
         ctypes.c_char_p(from_path),
-        ctypes.c_int(_AT_FDCWD),
-        ctypes.c_char_p(os.fsencode(target)),
+        ctypes.c_int(to_fd),
+        ctypes.c_char_p(to_path),
         ctypes.c_uint(flags),
     )
     _check(result, str(target))
+
+
+def enter_mount_namespace(pidfd: int) -> None:
+    """Moves this process into the mount namespace of another one; root and working directory become the root of that
+    namespace. The descriptor names the process, so none that got its pid later is entered.
+
+    Only for a process with one thread that ends soon afterwards.
+    """
+    _check(_LIBC.setns(ctypes.c_int(pidfd), ctypes.c_int(_CLONE_NEWNS)), f"process descriptor {pidfd}")
 
 
 def make_undumpable() -> None:
