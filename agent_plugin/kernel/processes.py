@@ -40,6 +40,21 @@ class ProcessIO:
     disk_written: int
 
 
+@dataclass(frozen=True, slots=True)
+class ThreadStat:
+    """`switches`: how often it went to sleep or was taken off its CPU. It does not grow in a thread that waits for a
+    lock; in one that waits for a silent server the timers of its client make it grow.
+    """
+
+    state: str
+    switches: int
+
+    @property
+    def at_work(self) -> bool:
+        """It runs or wants to, waits for the kernel (a disk), or a debugger holds it."""
+        return self.state in ("R", "D", "t")
+
+
 def read_stat(pid: int) -> ProcessStat | None:
     """None if there is no such process."""
     raw = _read(f"/proc/{pid}/stat")
@@ -95,40 +110,24 @@ def count_fds(pid: int) -> int | None:
         return None
 
 
-def at_work(pid: int) -> bool | None:
-    """True if a thread runs, wants to run, or waits for the kernel (a disk); None if there is no such process."""
-    threads = _threads(pid)
-    if not threads:
-        return None
-    return any(state in b"RD" for state, _ in threads)
-
-
-def count_switches(pid: int) -> int:
-    """How often its threads have been put to sleep or taken off a CPU so far. A process in which nothing happens keeps
-    this number; one that waits for a silent server wakes from its timers and does not. Threads that ended are missing,
-    so only a difference says something.
-    """
-    return sum(switches for _, switches in _threads(pid))
-
-
-def _threads(pid: int) -> list[tuple[bytes, int]]:
-    """State letter and context switches of each thread."""
-    found = []
+def read_threads(pid: int) -> dict[int, ThreadStat]:
+    """Every thread by its id; empty if there is no such process."""
+    found: dict[int, ThreadStat] = {}
     try:
         names = os.listdir(f"/proc/{pid}/task")
     except OSError:
-        return []
+        return found
     for name in names:
         raw = _read(f"/proc/{pid}/task/{name}/status")
         if raw is None:
             continue
-        state, switches = b"", 0
+        state, switches = "", 0
         for line in raw.splitlines():
             if line.startswith(b"State:"):
-                state = line.split()[1]
+                state = chr(line.split()[1][0])
             elif b"voluntary_ctxt_switches:" in line:
                 switches += int(line.rpartition(b":")[2])
-        found.append((state, switches))
+        found[int(name)] = ThreadStat(state, switches)
     return found
 
 
