@@ -164,7 +164,7 @@ class DatabaseSection(ConfigModel):
 
 
 class RedisSection(ConfigModel):
-    """Optional: only watched by the health check so far."""
+    """Optional: the Redis that the agents report to; from it the proxy knows what the nodes do."""
 
     url: Secret = Field(description="redis://HOST:PORT/DB", examples=["redis://127.0.0.1:6379/0"])
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from .api.client import client_app
 from .api.internal import internal_app
@@ -17,7 +18,7 @@ from .api.services import AUDIENCE, Services
 from .config import ClientApiSection, ManagerApiSection, ProxyConfig, RedisSection
 from .core import logs
 from .core.crypto import Keyring
-from .core.errors import ConfigError, MooringError, ServiceUnavailable
+from .core.errors import ConfigError, MooringError
 from .core.tokens import SigningKey, TokenSigner
 from .db import Database
 from .s3 import S3Pool
@@ -26,6 +27,9 @@ from .volumes import VolumeRegistry
 from .volumes.credentials import MountCredentials
 from .volumes.uploads import UploadService
 from .web import HealthCheck, Listener, Server
+
+if TYPE_CHECKING:
+    from .cluster.storages import Storages
 
 log = logs.get_logger(__name__)
 
@@ -80,6 +84,10 @@ async def open_proxy(config: ProxyConfig) -> AsyncIterator[Proxy]:
             volumes, database, keyring, lifetime=timedelta(seconds=section.mount_credential_lifetime)
         )
         stack.push_async_callback(credentials.close)
+        storages = None
+        if config.redis is not None:
+            storages = _open_storages(config.redis, volumes)
+            stack.push_async_callback(storages.close)
         services = Services(
             volumes=volumes,
             uploads=uploads,
@@ -89,11 +97,12 @@ async def open_proxy(config: ProxyConfig) -> AsyncIterator[Proxy]:
             token_lifetime=config.session_lifetime,
             presigned_download=timedelta(seconds=section.presigned_download_expire),
             metrics=ProxyMetrics(uploads),
+            storages=storages,
         )
         checks = [HealthCheck("database", "sql", database.check)]
         checks += [HealthCheck("volume", str(volume.name), volume.check) for volume in volumes]
-        if config.redis is not None:
-            checks.append(HealthCheck("cache", "redis", await _redis_check(config.redis, stack), critical=False))
+        if storages is not None:
+            checks.append(HealthCheck("cache", "redis", storages.check, critical=False))
         api = config.manager_api, config.client_api, config.internal_api
         listeners = [
             Listener(manager_app(services, checks), "manager API", api[0].host, api[0].port, tls=tls[0]),
@@ -136,20 +145,7 @@ def _tls(section: ManagerApiSection | ClientApiSection) -> ssl.SSLContext | None
     return context
 
 
-async def _redis_check(section: RedisSection, stack: AsyncExitStack) -> Callable[[], Awaitable[None]]:
-    import redis.asyncio  # only when it is configured: it costs 6 MiB
-    import redis.exceptions
+def _open_storages(section: RedisSection, volumes: VolumeRegistry) -> Storages:
+    from .cluster.storages import Storages  # only when it is configured: redis-py costs 6 MiB
 
-    try:
-        client = redis.asyncio.Redis.from_url(section.url.reveal(), socket_connect_timeout=3, socket_timeout=3)
-    except ValueError:
-        raise ConfigError("The Redis URL does not parse.", hint="Write redis://HOST:PORT/DB.") from None
-    stack.push_async_callback(client.aclose)
-
-    async def check() -> None:
-        try:
-            await client.ping()
-        except (redis.exceptions.RedisError, OSError) as err:
-            raise ServiceUnavailable(f"Redis does not answer ({type(err).__name__}).") from None
-
-    return check
+    return Storages(section.url, volumes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -14,12 +15,15 @@ from ..volumes.credentials import MountCredentials
 from ..volumes.uploads import UploadService
 from .metrics import ProxyMetrics
 
+if TYPE_CHECKING:
+    from ..cluster.storages import Storages
+
 AUDIENCE = "mooring-client"
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The use cases and settings behind the routes."""
+    """The use cases and settings behind the routes. `storages` is None without Redis."""
 
     volumes: VolumeRegistry
     uploads: UploadService
@@ -29,6 +33,7 @@ class Services:
     token_lifetime: timedelta
     presigned_download: timedelta
     metrics: ProxyMetrics
+    storages: Storages | None = None
 
 
 SERVICES: web.AppKey[Services] = web.AppKey("services", Services)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import quote, urlsplit
@@ -32,6 +32,7 @@ log = get_logger(__name__)
 CONNECT_SECONDS = 5.0
 TOTAL_SECONDS = 30.0
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
+MAX_LINE_BYTES = 1024 * 1024
 ATTEMPTS = 3
 
 T = TypeVar("T", bound=BaseModel)
@@ -209,6 +210,48 @@ class HttpService:
         if 200 <= answer.status < 300 or answer.status in accept:
             return content
         raise self.refusal(error_from_answer(answer.status, content, f"{self.service} at {self._where}"))
+
+    async def lines(
+        self,
+        path: str,
+        *,
+        idle: float,
+        query: Mapping[str, object] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> AsyncGenerator[str, None]:
+        """The lines of a streamed answer, without their ends, as they come; ends when the service ends it.
+
+        `idle` in seconds: a service that says nothing for so long, not even a heartbeat, is gone. Raises as `call`, but
+        tries nothing again: only the caller knows where to go on. Close the generator (`contextlib.aclosing`).
+        """
+        url = URL(self.base_url + path, encoded=True)
+        if query:
+            url = url.with_query({key: str(value) for key, value in query.items() if value is not None})
+        sent = {"X-Request-ID": request_id.get() or uuid.uuid4().hex, **(headers or {})}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=idle)
+        try:
+            async with self._open().get(url, headers=sent, allow_redirects=False, timeout=timeout) as answer:
+                if answer.status != 200:
+                    content = await self._read(answer)
+                    raise self.refusal(error_from_answer(answer.status, content, f"{self.service} at {self._where}"))
+                rest = b""
+                async for chunk in answer.content.iter_any():
+                    *whole, rest = (rest + chunk).split(b"\n")
+                    if len(rest) > MAX_LINE_BYTES:
+                        raise LimitExceeded(f"A line of the {self.service} is over {MAX_LINE_BYTES} bytes.")
+                    for line in whole:
+                        yield line.decode(errors="replace").rstrip("\r")
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, FileNotFoundError) as err:
+            raise self._unreachable(err).error from None
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"The {self.service} at {self._where} said nothing for {idle:g} s.", hint=self._remedy
+            ) from None
+        except (aiohttp.ClientError, ConnectionError) as err:
+            raise ServiceUnavailable(
+                f"The connection to the {self.service} at {self._where} broke ({type(err).__name__}).",
+                hint=self._remedy,
+            ) from None
 
     async def _read(self, answer: aiohttp.ClientResponse) -> bytes:
         content = bytearray()

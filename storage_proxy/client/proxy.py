@@ -6,7 +6,8 @@ request carries a JSON body, also GET and DELETE, because that is how its manage
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -17,12 +18,22 @@ from ..core.errors import AccessError, ConfigError, Forbidden, MooringError, Una
 from ..core.ids import AccessMode
 from ..core.secrets import Secret
 from ..core.wire import BucketText, Location, PrefixText, S3Credential, SessionText, VFolderText, VolumeText, Wire
-from .http import TOTAL_SECONDS, HttpService
+from .http import TOTAL_SECONDS, HttpService, segment
+from .storages import (
+    EventsLost,
+    FeedItem,
+    MountEvent,
+    MountsWanted,
+    SourceChanged,
+    StorageNodeStatus,
+    StorageStatus,
+)
 
 AUTH_HEADER = "X-BackendAI-Storage-Auth-Token"
 
 # Trees are deleted, moved and measured inside one request: seconds per thousand objects, not milliseconds.
 LONG_SECONDS = 300.0
+EVENTS_IDLE_SECONDS = 30.0  # the proxy says something every 10 s
 
 
 class Done(Wire):
@@ -215,6 +226,36 @@ class ProxyClient(HttpService):
 
     async def fs_usage(self, volume: str) -> FsUsageAnswer:
         return await self.get("/folder/fs-usage", FsUsageAnswer, body={"volume": volume})
+
+    # --- nodes --------------------------------------------------------------------------------------------------------
+
+    async def storage_status(self, kind: str = "minio", *, mounts: MountsWanted = MountsWanted.ALL) -> StorageStatus:
+        """What all nodes do with the volumes of a type."""
+        return await self.get(f"/storages/{segment(kind)}/status", StorageStatus, query={"mounts": mounts.value})
+
+    async def storage_node(self, agent_id: str, kind: str = "minio") -> StorageNodeStatus:
+        """One node with its mounts and attachments. Raises `NotFound` if it is not known."""
+        return await self.get(f"/storages/{segment(kind)}/status/{segment(agent_id)}", StorageNodeStatus)
+
+    async def storage_events(self, kind: str = "minio", *, after: str | None = None) -> AsyncGenerator[FeedItem, None]:
+        """What happens to mounts, on all nodes, as it happens; ends when the proxy stops. `after` is the id of the last
+        event that is known: go on with it after the end or an error. Close the generator (`contextlib.aclosing`)."""
+        headers = {"Last-Event-ID": after} if after else {}
+        name = ""
+        path = f"/storages/{segment(kind)}/events"
+        async with aclosing(self.lines(path, idle=EVENTS_IDLE_SECONDS, headers=headers)) as lines:
+            async for line in lines:
+                field, _, value = line.partition(": ")
+                if field == "event":
+                    name = value
+                elif field == "data":
+                    content = value.encode()
+                    if name == "lost":
+                        yield self.parse(EventsLost, content)
+                    elif name == "source":
+                        yield self.parse(SourceChanged, content)
+                    else:
+                        yield self.parse(MountEvent, content)
 
     # --- folders ------------------------------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ def proxy_config(
     volume: Mapping[str, Any] | None = None,
     section: Mapping[str, Any] | None = None,
     database_url: str | None = None,
+    redis_url: str | None = None,
 ) -> tuple[ProxyConfig, list[str]]:
     """A configuration with ports that the system picks, and its two manager secrets."""
     manager_secrets = [secrets.token_urlsafe(24), secrets.token_urlsafe(24)]
@@ -60,6 +61,8 @@ def proxy_config(
     }
     if database_url:
         data["database"] = {"url": database_url}
+    if redis_url:
+        data["redis"] = {"url": redis_url}
     return ProxyConfig.model_validate(data), manager_secrets
 
 

@@ -9,7 +9,7 @@ from aiohttp import web
 from ...core.errors import AccessError
 from ...web import HealthCheck, Principal, authenticated, edge_middleware, health_routes
 from ..services import SERVICES, Services
-from . import credentials, files, folders, volumes
+from . import credentials, files, folders, storages, volumes
 
 AUTH_HEADER = "X-BackendAI-Storage-Auth-Token"
 
@@ -38,7 +38,15 @@ def manager_app(services: Services, checks: Sequence[HealthCheck]) -> web.Applic
         middlewares=[services.metrics.middleware("manager"), edge_middleware, authenticated(authenticate)]
     )
     app[SERVICES] = services
-    for routes in (volumes.routes, folders.routes, files.routes, credentials.routes):
+    for routes in (volumes.routes, folders.routes, files.routes, credentials.routes, storages.routes):
         app.add_routes(routes)
     app.add_routes(health_routes("storage-proxy", checks))
+    app.on_shutdown.append(_end_streams)
     return app
+
+
+async def _end_streams(app: web.Application) -> None:
+    """Streams would hold the shutdown up until its deadline."""
+    nodes = app[SERVICES].storages
+    if nodes is not None:
+        await nodes.end_streams()
