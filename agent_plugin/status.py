@@ -59,6 +59,7 @@ class StatusPublisher:
         self._written: set[str] = set()
         self.last_success: float | None = None
         self.last_error: str | None = None
+        self.errors = 0  # reports that did not get through
         attachments.listen(self._note)
 
     def _note(self, event: Event) -> None:
@@ -96,6 +97,7 @@ class StatusPublisher:
             if self.last_error is None:
                 log.info("Redis does not answer; the state is kept here and told later", error=error)
             self.last_error = error
+            self.errors += 1
         else:
             if self.last_error is not None:
                 log.info("Redis answers again")

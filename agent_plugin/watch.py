@@ -101,6 +101,7 @@ class Watchdog:
         self._answer_seconds = min(_ANSWER_SECONDS, hang_deadline / 2)
         self._check_interval = s3_check_interval
         self._checks = asyncio.Semaphore(_CHECKS)
+        self.pass_seconds = 0.0  # that the last pass took
         self._watched: dict[MountKey, _Watched] = {}
         self._tasks: asyncio.TaskGroup
 
@@ -114,6 +115,7 @@ class Watchdog:
                     log.warning("the mounts could not be looked at", error=str(err))
                 except Exception:
                     log.exception("the mounts could not be looked at")
+                self.pass_seconds = time.monotonic() - begun
                 await asyncio.sleep(max(self._interval / 10, begun + self._interval - time.monotonic()))
 
     # --- the pass -----------------------------------------------------------------------------------------------------
