@@ -1,15 +1,12 @@
 """The local HTTP API of the agent, on a unix socket. Handlers parse, call the manager, render.
 
-Who is connected the kernel tells (SO_PEERCRED): only the configured users get in, whatever the mode of the socket file
-is.
+Only the configured users get in (`peers`).
 """
 
 from __future__ import annotations
 
-import socket
-import struct
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 
 from aiohttp import web
@@ -28,12 +25,11 @@ from storage_proxy.client.agent import (
     MountInfo,
     MountsAnswer,
 )
-from storage_proxy.core.errors import Forbidden, InvalidIdentifier, Unauthenticated
+from storage_proxy.core.errors import InvalidIdentifier
 from storage_proxy.core.ids import parse_session_id
 from storage_proxy.core.wire import Ownership, Wire
 from storage_proxy.web import (
     HealthCheck,
-    Principal,
     authenticated,
     edge_middleware,
     health_routes,
@@ -45,10 +41,9 @@ from storage_proxy.web import (
 from .attachments import Attachments
 from .drivers import DriverInfo
 from .journal import AttachmentRecord, MountRecord
+from .peers import LOCAL, peer_authenticator
 
-_UCRED = struct.Struct("3i")
 _HEX = frozenset("0123456789abcdef")
-_LOCAL = "local"
 
 
 class DriverStatus(Wire):
@@ -115,7 +110,7 @@ class AgentApi:
             web.post("/v1/mounts/gc", self.collect),
         ]
 
-    @require(_LOCAL)
+    @require(LOCAL)
     async def status(self, _: web.Request) -> web.Response:
         mounts = self._attachments.mounts()
         by_state: dict[str, int] = {}
@@ -140,16 +135,16 @@ class AgentApi:
             )
         )
 
-    @require(_LOCAL)
+    @require(LOCAL)
     async def identity(self, _: web.Request) -> web.Response:
         return json_answer(self._identity)
 
-    @require(_LOCAL)
+    @require(LOCAL)
     async def attach(self, request: web.Request) -> web.Response:
         body = await read_json(request, AttachRequest)
         return json_answer(await self._attachments.attach(body.grant), status=201)
 
-    @require(_LOCAL)
+    @require(LOCAL)
     async def list_attachments(self, _: web.Request) -> web.Response:
         return json_answer(
             AttachmentsAnswer(
@@ -168,12 +163,12 @@ class AgentApi:
             )
         )
 
-    @require(_LOCAL)
+    @require(LOCAL)
     async def detach_session(self, request: web.Request) -> web.Response:
         session = parse_session_id(request.match_info["session"])
         return json_answer(DetachAnswer(detached=await self._attachments.detach_session(session)))
 
-    @require(_LOCAL)
+    @require(LOCAL)
     async def detach(self, request: web.Request) -> web.Response:
         session = parse_session_id(request.match_info["session"])
         folder = request.match_info["folder"].lower()
@@ -181,13 +176,13 @@ class AgentApi:
             raise InvalidIdentifier("The folder is not named by 32 hex digits.", hint="Take the part after the slash.")
         return json_answer(DetachAnswer(detached=await self._attachments.detach(session, folder)))
 
-    @require(_LOCAL)
+    @require(LOCAL)
     async def list_mounts(self, _: web.Request) -> web.Response:
         return json_answer(
             MountsAnswer(mounts=[_detail(record, items) for record, items in self._attachments.mounts()])
         )
 
-    @require(_LOCAL)
+    @require(LOCAL)
     async def collect(self, request: web.Request) -> web.Response:
         body = await read_json(request, GcRequest)
         return json_answer(GcAnswer(drained=await self._attachments.collect(body.grace)))
@@ -198,27 +193,6 @@ def make_app(api: AgentApi, allowed_uids: Collection[int], checks: Sequence[Heal
     app.add_routes(api.routes())
     app.add_routes(health_routes("agent", checks))
     return app
-
-
-def peer_authenticator(allowed_uids: Collection[int]) -> Callable[[web.Request], Awaitable[Principal]]:
-    """Lets in the processes of the given users."""
-
-    async def authenticate(request: web.Request) -> Principal:
-        uid, pid = _peer(request)
-        if uid not in allowed_uids:
-            raise Forbidden(f"User {uid} may not use this agent.", hint="Add the uid to [agent] allowed-uids.")
-        return Principal(f"uid {uid} (pid {pid})", frozenset({_LOCAL}))
-
-    return authenticate
-
-
-def _peer(request: web.Request) -> tuple[int, int]:
-    transport = request.transport
-    peer: socket.socket | None = transport.get_extra_info("socket") if transport is not None else None
-    if peer is None or peer.family != socket.AF_UNIX:
-        raise Unauthenticated("The agent answers on its unix socket only.")
-    pid, uid, _gid = _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return uid, pid
 
 
 def _detail(record: MountRecord, items: Sequence[AttachmentRecord]) -> MountDetail:

@@ -23,6 +23,9 @@ from .attachments import Attachments
 from .config import AgentConfig
 from .containers import Binds
 from .containers.mend import mend
+from .containers.volume_book import VolumeBook
+from .containers.volume_plugin import make_plugin_app
+from .containers.volumes import Volumes
 from .drivers import Drivers
 from .grants import GrantVerifier
 from .host import check_host
@@ -114,6 +117,13 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
             stack.push_async_callback(attachments.stop_all)
         else:
             (await reconciler.adopt(attachments, mounter, binds)).tell()
+        volumes = None
+        if config.volume_plugin is not None:
+            book = await VolumeBook.open(state / "volumes.json")
+            stack.push_async_callback(book.close)
+            volumes = await stack.enter_async_context(
+                Volumes(config.volume_plugin, book, attachments, binds, drivers, interval=section.reconcile_interval)
+            )
         publisher = None
         if config.redis is not None:
             publisher = StatusPublisher(
@@ -139,8 +149,12 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
             uids = {*section.allowed_uids, os.geteuid()}
             try:
                 app = make_app(api, uids, checks)
-                server = Server([Listener(app, "agent API", socket=_socket_place(section.api_socket))])
-                yield Agent(attachments, server)
+                listeners = [Listener(app, "agent API", socket=_socket_place(section.api_socket))]
+                if config.volume_plugin is not None and volumes is not None:
+                    plugin = make_plugin_app(volumes, {*config.volume_plugin.allowed_uids, os.geteuid()})
+                    place = _socket_place(config.volume_plugin.socket)
+                    listeners.append(Listener(plugin, "volume plugin", socket=place))
+                yield Agent(attachments, Server(listeners))
             finally:
                 for task in background:
                     task.cancel()

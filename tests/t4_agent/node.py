@@ -83,6 +83,7 @@ class Node:
 
     def config(self, **agent: Any) -> AgentConfig:
         redis = agent.pop("redis", None)
+        volume_plugin = agent.pop("volume_plugin", None)
         driver = agent.pop("driver", {})
         section = {
             "id": AGENT_ID,
@@ -99,6 +100,8 @@ class Node:
         }
         if redis is not None:
             data["redis"] = redis
+        if volume_plugin is not None:
+            data["volume-plugin"] = volume_plugin
         return AgentConfig.model_validate(data)
 
     def request(self, bucket: str, prefix: str = "", **changes: Any) -> MountRequest:

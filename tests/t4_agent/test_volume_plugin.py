@@ -1,0 +1,436 @@
+"""Container volumes: the protocol as Docker speaks it, and real Podman on it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import socket as sockets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent_plugin.containers.volume_book import VolumeBook, VolumeRecord
+from agent_plugin.containers.volume_options import VolumeOptions
+from agent_plugin.kernel import entries_at, top_at
+from storage_proxy.core.errors import ConfigError, NoSpace
+from storage_proxy.core.wire import S3Credential
+from tests.fakes.fault_proxy import ALWAYS, Fault, FaultProxy
+
+from .node import AgentProcess, Node, until, until_async
+from .plugin_client import Engine, PluginError
+
+pytestmark = [pytest.mark.root, pytest.mark.asyncio]
+
+
+def write_key(path: Path, credential: S3Credential, mode: int = 0o600) -> Path:
+    path.write_text(f"{credential.access_key}\n{credential.secret_key.reveal()}\n")
+    path.chmod(mode)
+    return path
+
+
+def plugin(node: Node, bucket: str, **changes: Any) -> dict[str, Any]:
+    """A section with one S3 server and two keys: `all` for the whole bucket, `readers` for reading `data/`."""
+    key = write_key(node.place / "volumes.key", node.credential)
+    return {
+        "socket": str(node.place / "plugin.sock"),
+        "volumes": {"minio": {"endpoint": node.endpoint, "bucket": bucket, "credential": "all"}},
+        "credentials": {
+            "all": {"file": str(key), "allow": [f"minio/{bucket}"]},
+            "readers": {"file": str(key), "allow": [f"minio/{bucket}/data"], "read-only": True},
+        },
+        **changes,
+    }
+
+
+@pytest.fixture
+def engine(node: Node) -> Engine:
+    return Engine(node.place / "plugin.sock")
+
+
+# --- the protocol -----------------------------------------------------------------------------------------------------
+
+
+async def test_an_engine_finds_out_what_this_is(node: Node, folder: str, engine: Engine) -> None:
+    async with node.agent(volume_plugin=plugin(node, folder)):
+        assert await engine.call("Plugin.Activate") == {"Implements": ["VolumeDriver"]}
+        assert await engine.call("VolumeDriver.Capabilities") == {"Capabilities": {"Scope": "local"}}
+        for content_type in ("application/json", "application/vnd.docker.plugins.v1.1+json", "text/plain"):
+            assert await engine.call("VolumeDriver.List", {}, **{"Content-Type": content_type}) == {"Volumes": []}
+        with pytest.raises(PluginError) as caught:
+            await engine.call("VolumeDriver.Fly", {})
+        assert caught.value.status == 404, "so an engine knows that the call does not exist"
+        with pytest.raises(PluginError, match="There is no volume 'none' here"):
+            await engine.get("none")
+
+
+async def test_a_volume_from_create_to_remove(node: Node, folder: str, engine: Engine) -> None:
+    """As Docker does it: an id of its own for each container."""
+    async with node.agent(volume_plugin=plugin(node, folder)) as agent:
+        await engine.create("models", prefix="data", uid="1000", gid="1000", umask="0027")
+        await engine.create("models", prefix="data/", uid="1000", gid="1000", umask="027")  # the same
+        with pytest.raises(PluginError, match="There is a volume models with other options"):
+            await engine.create("models", prefix="other")
+        assert (await engine.get("models"))["Mountpoint"] == ""
+        assert (await engine.call("VolumeDriver.Path", {"Name": "models"}))["Mountpoint"] == ""
+
+        place = await engine.mount("models", "one")
+        assert (place / "hello.txt").read_text() == "hello from data/"
+        assert (place / "hello.txt").stat().st_uid == 1000
+        assert place.stat().st_mode & 0o777 == 0o750
+        top = top_at(place)
+        assert top is not None
+        assert top.is_shared, "else a container with rslave would never see a repaired mount"
+        assert {await engine.mount("models", "two"), await engine.mount("models", "one")} == {place}
+        shown = await engine.get("models")
+        assert shown["Mountpoint"] == str(place)
+        assert shown["Status"]["references"] == 2
+        assert (shown["Status"]["state"], shown["Status"]["place"]) == ("live", f"s3://{folder}/data/")
+        assert (await engine.call("VolumeDriver.Path", {"Name": "models"}))["Mountpoint"] == str(place)
+        (listed,) = (await engine.call("VolumeDriver.List", {}))["Volumes"]
+        assert (listed["Name"], listed["Mountpoint"]) == ("models", str(place))
+        (mount,) = await agent.mounts()
+        assert mount.sessions[0].startswith("vol-models-")
+
+        await engine.unmount("models", "one")
+        assert (place / "hello.txt").exists(), "the other container still has it"
+        with pytest.raises(PluginError, match=re.escape("Volume models is mounted (1 reference(s)). Remove its")):
+            await engine.remove("models")
+        await engine.unmount("models", "never-was")
+        await engine.unmount("models", "two")
+        await engine.unmount("models", "two")
+        assert node.residue() == {}
+        await engine.remove("models")
+        await engine.unmount("models", "two")
+        with pytest.raises(PluginError, match="no volume 'models'"):
+            await engine.remove("models")
+
+
+async def test_the_same_place_is_one_mount_for_volumes_and_another_for_other_modes(
+    node: Node, folder: str, engine: Engine
+) -> None:
+    async with node.agent(volume_plugin=plugin(node, folder)) as agent:
+        await engine.create("one", prefix="data")
+        await engine.create("two", prefix="data")
+        await engine.create("three", prefix="data", mode="ro", credential="readers")
+        places = {await engine.mount(name, "id") for name in ("one", "two", "three")}
+        assert len(places) == 3
+        assert sorted(mount.mode.value for mount in await agent.mounts()) == ["ro", "rw"]
+        with pytest.raises(OSError, match="Read-only"):
+            (await engine.mount("three", "id") / "no").touch()
+        for name in ("one", "two", "three"):
+            await engine.unmount(name, "id")
+        assert node.residue() == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"colour": "red"}, "There is no option 'colour'. Options are volume, bucket, prefix,"),
+        ({"o": "allow_root"}, "There is no option 'o': mount options are the operator's"),
+        ({"secret_key": "hush"}, "The option 'secret_key' is refused: whoever may inspect the volume would read"),
+        ({"passwd_file": "/etc/hush"}, "The option 'passwd_file' is refused"),
+        ({"AWS_ACCESS_KEY_ID": "hush"}, "The option 'AWS_ACCESS_KEY_ID' is refused"),
+        ({"mode": "rwx-hush"}, "mode: "),
+        ({"uid": "-1"}, "uid: write a number"),
+        ({"uid": "4294967295"}, "uid: write a number"),
+        ({"umask": "0999"}, "umask: write it in octal"),
+        ({"bucket": "Not_A_Bucket"}, "is not a valid bucket name"),
+        ({"prefix": "../other"}, "has an empty, '.' or '..' part"),
+        ({"volume": "elsewhere"}, "No volume 'elsewhere' is configured. Take one of: minio."),
+        ({"credential": "root"}, "No credential 'root' is configured. Take one of: all, readers."),
+        ({"bucket": "payroll"}, "Credential all may not be used for s3://payroll/ on volume minio."),
+        ({"credential": "readers", "prefix": "other", "mode": "ro"}, "Credential readers may not be used for"),
+        ({"credential": "readers", "prefix": "datamine", "mode": "ro"}, "Credential readers may not be used for"),
+        (
+            {"credential": "readers", "prefix": "data"},
+            "Credential readers is for reading only. Add the option mode=ro.",
+        ),
+    ],
+)
+async def test_wrong_options(node: Node, folder: str, engine: Engine, options: dict[str, str], text: str) -> None:
+    async with node.agent(volume_plugin=plugin(node, folder)):
+        with pytest.raises(PluginError, match=re.escape(text)) as caught:
+            await engine.create("v", **options)
+        assert caught.value.status == 500
+        assert "hush" not in str(caught.value)
+        assert await engine.call("VolumeDriver.List", {}) == {"Volumes": []}
+
+
+@pytest.mark.parametrize("name", ["", "../../etc", "a/b", ".hidden", "x" * 200, "a b"])
+async def test_wrong_names(node: Node, folder: str, engine: Engine, name: str) -> None:
+    async with node.agent(volume_plugin=plugin(node, folder)):
+        with pytest.raises(PluginError, match="is not a name for a volume"):
+            await engine.create(name)
+        with pytest.raises(PluginError, match="There is no volume"):
+            await engine.mount(name, "id")
+        await engine.unmount(name, "id")
+
+
+@pytest.mark.semantics(5)
+async def test_nothing_shows_the_key(node: Node, folder: str, engine: Engine) -> None:
+    async with node.agent(volume_plugin=plugin(node, folder)):
+        await engine.create("v", prefix="data")
+        await engine.mount("v", "id")
+        shown = json.dumps([await engine.get("v"), await engine.call("VolumeDriver.List", {})])
+        kept = (node.place / "state" / "volumes.json").read_text()
+        for secret in (node.credential.secret_key.reveal(), node.credential.access_key):
+            assert secret not in shown + kept
+        assert (node.place / "state" / "volumes.json").stat().st_mode & 0o777 == 0o600
+        await engine.unmount("v", "id")
+
+
+@pytest.mark.expects_log("has mode 0644")
+async def test_a_key_file_that_others_may_read_is_refused(node: Node, folder: str, engine: Engine) -> None:
+    async with node.agent(volume_plugin=plugin(node, folder)):
+        write_key(node.place / "volumes.key", node.credential, 0o644)
+        with pytest.raises(PluginError, match="has mode 0644"):
+            await engine.create("v")
+
+
+@pytest.mark.expects_log("does not accept this credential")
+async def test_a_wrong_key_is_said_at_mount(node: Node, folder: str, engine: Engine) -> None:
+    wrong = S3Credential(access_key="NOBODY", secret_key=node.credential.secret_key)
+    async with node.agent(volume_plugin=plugin(node, folder)):
+        write_key(node.place / "volumes.key", wrong)
+        await engine.create("v", prefix="data")
+        with pytest.raises(PluginError, match="does not accept this credential"):
+            await engine.mount("v", "id")
+        with pytest.raises(PluginError):
+            await engine.mount("v", "other")
+        await engine.remove("v")
+        assert node.residue() == {}
+
+
+@pytest.mark.expects_log("was not mounted within")
+async def test_a_silent_server_is_told_before_the_engine_loses_patience(
+    node: Node, folder: str, engine: Engine
+) -> None:
+    """Podman waits for 5 s and would then show only that it waited. Nothing is left; the next try succeeds."""
+    async with FaultProxy(node.endpoint) as proxy:
+        section = plugin(node, folder, **{"answer-within": 1.5})
+        section["volumes"]["minio"]["endpoint"] = proxy.url
+        async with node.agent(volume_plugin=section, mount_deadline=3.0):
+            await engine.create("v", prefix="data")
+            proxy.add(Fault(hang=True, times=ALWAYS))
+            begun = time.monotonic()
+            with pytest.raises(PluginError, match=r"Volume v was not mounted within 1.5 s. Check that its S3 server"):
+                await engine.mount("v", "id")
+            assert time.monotonic() - begun < 4
+            proxy.clear()
+            await until_async(lambda: _mounts(engine, "v", "id"), "the volume is mounted")
+            await engine.unmount("v", "id")
+            assert node.residue() == {}
+
+
+async def _mounts(engine: Engine, name: str, reference: str) -> bool:
+    try:
+        await engine.mount(name, reference)
+    except PluginError:
+        return False
+    return True
+
+
+async def test_only_configured_users_are_served(node: Node, folder: str, engine: Engine) -> None:
+    """The kernel says who is connected, also when the socket lets everybody in."""
+    place = node.place / "plugin.sock"
+    async with node.agent(volume_plugin=plugin(node, folder)):
+        assert place.stat().st_mode & 0o777 == 0o600
+        node.place.chmod(0o711)
+        place.chmod(0o666)
+        assert "User 1000 may not use this agent. Add the uid to [volume-plugin] allowed-uids." in await ask_as(
+            1000, place
+        )
+    async with node.agent(volume_plugin=plugin(node, folder, **{"allowed-uids": [1000]})):
+        node.place.chmod(0o711)
+        place.chmod(0o666)
+        assert '"Implements"' in await ask_as(1000, place)
+
+
+_ASK = """
+import os, socket, sys
+os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(sys.argv[1])
+sock.sendall(b"POST /Plugin.Activate HTTP/1.1\\r\\nHost: a\\r\\nContent-Length: 0\\r\\nConnection: close\\r\\n\\r\\n")
+while data := sock.recv(65536):
+    print(data.decode())
+"""
+
+
+async def ask_as(uid: int, place: Path) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-c", _ASK, str(place), str(uid)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    return output.decode()
+
+
+async def test_an_engine_that_hangs_up(node: Node, folder: str, engine: Engine) -> None:
+    """Without a word, in the middle of a request or of a mount: nothing is left, and the plugin goes on."""
+    async with node.agent(volume_plugin=plugin(node, folder)):
+        await engine.create("v", prefix="data")
+        body = json.dumps({"Name": "v", "ID": "id"}).encode()
+        head = b"POST /VolumeDriver.Mount HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+        for data in (b"POST /Vol", head + body[:5], head + body):
+            with sockets.socket(sockets.AF_UNIX) as sock:
+                sock.connect(str(node.place / "plugin.sock"))
+                sock.sendall(data)
+                await asyncio.sleep(0)
+        await until(lambda: node.residue() == {}, "what the lost call mounted is gone")
+        place = await engine.mount("v", "id")
+        assert (place / "hello.txt").exists()
+        await engine.unmount("v", "id")
+
+
+async def test_twenty_containers_start_at_once(node: Node, folder: str, engine: Engine) -> None:
+    async with node.agent(volume_plugin=plugin(node, folder)) as agent:
+        await engine.create("v", prefix="data")
+        places = await asyncio.gather(*(engine.mount("v", f"id-{number}") for number in range(20)))
+        assert len(set(places)) == 1
+        assert len(await agent.mounts()) == 1
+        assert len(entries_at(places[0])) == 1
+        await asyncio.gather(*(engine.unmount("v", f"id-{number}") for number in range(20)))
+        assert node.residue() == {}
+
+
+async def test_what_an_operator_detaches_stays_detached(node: Node, folder: str, engine: Engine) -> None:
+    async with node.agent(volume_plugin=plugin(node, folder), reconcile_interval=1.0) as agent:
+        await engine.create("v", prefix="data")
+        await engine.mount("v", "id")
+        (item,) = await agent.attachments()
+        await agent.detach_session(item.session_id)
+        await until_async(lambda: _referred(engine, "v", 0), "no engine holds it any more")
+        assert (await engine.get("v"))["Mountpoint"] == ""
+        await engine.unmount("v", "id")
+        assert (await engine.mount("v", "id") / "hello.txt").exists()
+        await engine.unmount("v", "id")
+
+
+async def _referred(engine: Engine, name: str, times: int) -> bool:
+    return bool((await engine.get(name))["Status"]["references"] == times)
+
+
+# --- a new start ------------------------------------------------------------------------------------------------------
+
+
+async def test_volumes_and_references_outlive_the_agent(node: Node, folder: str, engine: Engine) -> None:
+    """Killed and started anew: the engine does not mount again what it believes to be mounted."""
+    process = AgentProcess(node, volume_plugin=plugin(node, folder), stop_mounts_on_exit=False)
+    try:
+        client = await process.start()
+        await client.close()
+        await engine.create("kept", prefix="data")
+        await engine.create("idle", prefix="other")
+        place = await engine.mount("kept", "id")
+        await process.kill()
+        client = await process.start()
+        assert (place / "hello.txt").read_text() == "hello from data/"
+        assert (await engine.get("kept"))["Mountpoint"] == str(place)
+        assert await engine.mount("kept", "second") == place
+        await engine.unmount("kept", "id")
+        assert (place / "hello.txt").exists()
+        await engine.unmount("kept", "second")
+        for name in ("kept", "idle"):
+            await engine.remove(name)
+        assert node.residue() == {}
+        await client.close()
+        assert await process.terminate() == 0
+    finally:
+        await process.close()
+
+
+async def test_what_an_engine_holds_is_mounted_again(node: Node, folder: str, engine: Engine) -> None:
+    """The mounts went with the agent, the containers did not: the path comes back without a word of the engine."""
+    async with node.agent(volume_plugin=plugin(node, folder)):
+        await engine.create("v", prefix="data")
+        place = await engine.mount("v", "id")
+    assert node.residue() == {}
+    async with node.agent(volume_plugin=plugin(node, folder)):
+        await until(lambda: bool(entries_at(place)), "it is mounted again")
+        assert (place / "hello.txt").exists()
+        await engine.unmount("v", "id")
+        assert node.residue() == {}
+
+
+@pytest.mark.expects_log("retry_scheduled")
+@pytest.mark.expects_log("a volume that containers use could not be mounted")
+async def test_a_server_that_is_away_at_the_start(node: Node, folder: str, engine: Engine) -> None:
+    async with FaultProxy(node.endpoint) as proxy:
+        section = plugin(node, folder)
+        section["volumes"]["minio"]["endpoint"] = proxy.url
+        async with node.agent(volume_plugin=section):
+            await engine.create("v", prefix="data")
+            place = await engine.mount("v", "id")
+        proxy.add(Fault(status=503, code="ServiceUnavailable", times=ALWAYS))
+        async with node.agent(volume_plugin=section, mount_deadline=1.0, reconcile_interval=1.0):
+            await until_async(lambda: _in_trouble(engine, "v"), "the trouble is shown")
+            proxy.clear()
+            await until(lambda: bool(entries_at(place)), "it is mounted again")
+            await until_async(lambda: _well(engine, "v"), "and well")
+            await engine.unmount("v", "id")
+            assert node.residue() == {}
+
+
+async def _in_trouble(engine: Engine, name: str) -> bool:
+    return "error" in (await engine.get(name))["Status"]
+
+
+async def _well(engine: Engine, name: str) -> bool:
+    return not await _in_trouble(engine, name)
+
+
+def record(name: str, *references: str) -> VolumeRecord:
+    return VolumeRecord(
+        name=name, options=VolumeOptions.parse({"prefix": name}), created=1.0, references=frozenset(references)
+    )
+
+
+async def test_references_count_for_one_boot(tmp_path: Path) -> None:
+    book = await VolumeBook.open(tmp_path / "book", boot_id="first")
+    await book.put(record("v"))
+    await book.refer("v", "one")
+    await book.refer("v", "one")
+    await book.close()
+    same = await VolumeBook.open(tmp_path / "book", boot_id="first")
+    assert same.all() == [record("v", "one")]
+    await same.close()
+    after = await VolumeBook.open(tmp_path / "book", boot_id="second")
+    assert after.all() == [record("v")], "no container survives a boot of the host"
+    await after.close()
+
+
+async def test_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    book = await VolumeBook.open(tmp_path / "book")
+    await book.put(record("v"))
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(NoSpace):
+            await book.put(record("w"))
+        with pytest.raises(NoSpace):
+            await book.refer("v", "one")
+    assert book.all() == [record("v")]
+    await book.refer("v", "two")
+    await book.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["book"]
+    again = await VolumeBook.open(tmp_path / "book")
+    assert again.all() == [record("v", "two")]
+    await again.close()
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"version": 1, "boot', '{"version": 1, "boot_id": "x", "volumes": 7}'])
+async def test_a_damaged_book_stops_the_start(tmp_path: Path, content: str) -> None:
+    (tmp_path / "book").write_text(content)
+    with pytest.raises(ConfigError, match="is damaged"):
+        await VolumeBook.open(tmp_path / "book")
+    assert (tmp_path / "book").read_text() == content
