@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from storage_proxy.core.config import ConfigModel, Size, is_loopback
+from storage_proxy.core.config import ConfigModel, Seconds, Size, is_loopback
 from storage_proxy.core.errors import MooringError
 from storage_proxy.core.ids import parse_agent_id, parse_bucket_name, parse_name
 from storage_proxy.core.paths import parse_prefix
@@ -357,6 +357,53 @@ def _checked(parse: Callable[[str], object], text: str) -> None:
         raise ValueError(str(err)) from None
 
 
+class VolumeRootEntry(ConfigModel):
+    """One volume whose folders appear on this node at the paths where Backend.AI looks for them."""
+
+    path: AbsolutePath = Field(
+        description="The volume's `path` in the storage proxy's configuration. Empty directory, or made at start.",
+        examples=["/vfroot/minio"],
+    )
+    volume: str | None = Field(
+        default=None,
+        pattern=r"^([A-Za-z0-9._-]+:)?[A-Za-z0-9._-]+$",
+        description="The volume as the manager extension calls it: VOLUME, or PROXY:VOLUME.\n"
+        "Default: the name of this section.",
+        examples=["proxy-1:minio"],
+    )
+
+
+class BackendAISection(ConfigModel):
+    """Optional: serves unmodified Backend.AI agents on this node; see docs/backend-ai.md. Off without a root."""
+
+    idle_time: Seconds = Field(
+        default=600,
+        description="How long a folder stays mounted after its last use if no container holds it: 600, or 10m.",
+    )
+    lookup_deadline: Seconds = Field(
+        default=20, description="Within which a look-up of a folder has its mount, or ends with an error."
+    )
+    lookup_uids: tuple[int, ...] = Field(
+        default=(0,), description="Users whose look-ups may mount a folder: those that container runtimes run as."
+    )
+    events_url: str | None = Field(
+        default=None,
+        pattern=r"^(redis|rediss|unix)://",
+        description="Redis of Backend.AI, database 4: when a kernel ends, its folders are released at once instead of"
+        " when idle.\nIt is only read from. Default: not read.",
+        examples=["redis://127.0.0.1:6379/4"],
+    )
+    root: dict[str, VolumeRootEntry] = Field(default={}, description="One section for each volume.")
+
+    @model_validator(mode="after")
+    def _check(self) -> BackendAISection:
+        paths = [root.path for root in self.root.values()]
+        for path in paths:
+            if any(other != path and other.is_relative_to(path) for other in paths) or paths.count(path) > 1:
+                raise ValueError(f"the roots at {path} lie in each other")
+        return self
+
+
 class AgentConfig(ConfigModel):
     """The whole file."""
 
@@ -371,10 +418,15 @@ class AgentConfig(ConfigModel):
     volume_plugin: VolumePluginSection | None = Field(
         default=None, description="Optional: volumes for Docker and Podman; see docs/volume-plugin.md."
     )
+    backend_ai: BackendAISection = Field(
+        default=BackendAISection(), description="Optional: unmodified Backend.AI agents; see docs/backend-ai.md."
+    )
     driver: DriversConfig = Field(default=DriversConfig())
 
     @model_validator(mode="after")
     def _check(self) -> AgentConfig:
+        if self.backend_ai.root and (self.manager is None or self.grants is None):
+            raise ValueError("[backend-ai.root] needs [manager] and [grants]: folders come from a manager extension")
         if self.grants is None and self.volume_plugin is None:
             raise ValueError("nothing could ever be mounted: write [grants], [volume-plugin] or both")
         return self

@@ -22,6 +22,7 @@ from .api import AgentApi, DriverStatus, driver_status, make_app
 from .attachments import Attachments
 from .config import AgentConfig
 from .containers import Binds
+from .containers.backendai import lead_process_group, volume_roots
 from .containers.mend import mend
 from .containers.volume_book import VolumeBook
 from .containers.volume_plugin import make_plugin_app
@@ -57,6 +58,8 @@ async def serve(config: AgentConfig) -> None:
     os.umask(0o077)
     harden_process()
     check_host()
+    if config.backend_ai.root:
+        lead_process_group()
     async with running(config) as agent:
         await agent.server.run_until_signal()
 
@@ -123,6 +126,18 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
             stack.push_async_callback(book.close)
             volumes = await stack.enter_async_context(
                 Volumes(config.volume_plugin, book, attachments, binds, drivers, interval=section.reconcile_interval)
+            )
+        if config.backend_ai.root and config.manager is not None and token is not None:
+            manager = await stack.enter_async_context(ManagerClient(config.manager.url, token))
+            await stack.enter_async_context(
+                volume_roots(
+                    config.backend_ai,
+                    agent_id=section.id,
+                    attachments=attachments,
+                    manager=manager,
+                    runtime=layout.runtime,
+                    keep=not section.stop_mounts_on_exit,
+                )
             )
         publisher = None
         if config.redis is not None:

@@ -1,0 +1,368 @@
+"""The folders that this node shows below its volume roots: got from the manager extension, attached, released.
+
+A place below a root names a folder and nothing else; whether this node may have it, read-only or not and as whose,
+comes with the manager's grant. Each folder is one session of its own (the manager chose its id), however many
+containers bind its path.
+
+A folder stays while any other mount namespace holds it or something looked it up within the idle time. The kernel is
+asked to let it go (`Autofs.expire`), so that no look-up can come in between; then it is detached, and its grant ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from storage_proxy.client import ManagerClient
+from storage_proxy.core.errors import Forbidden, MooringError, NotFound, TokenInvalid
+from storage_proxy.core.ids import SessionID, VFolderID
+from storage_proxy.core.logs import get_logger
+from storage_proxy.core.wire import MountState
+
+from ...attachments import Attachments
+from ...events import Event, EventKind
+from ...journal import AttachmentRecord
+from ...kernel import entries_at, read_mountinfo, top_at
+from ...kernel.abandon import off_loop
+from ...kernel.autofs import Autofs
+from ...kernel.namespaces import holders
+from .kernels import KernelEvent
+from .places import FolderPlace
+from .tree import Tree
+
+log = get_logger(__name__)
+
+# What the manager extension calls the sessions that stand for a folder of a whole node; users cannot choose such ids.
+SESSION_PREFIX = "node-wide-"
+_KERNEL_SECONDS = 5.0
+_SCAN_SECONDS = 10.0
+# Between the look-up that mounted a folder and the container's own bind of it lies the start of a container.
+_YOUNG_SECONDS = 2.0
+_END_SECONDS = 10.0
+
+
+@dataclass(slots=True)
+class _Folder:
+    """One place. `used`: when it was last mounted, held or asked for (monotonic seconds)."""
+
+    place: FolderPlace
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    session: SessionID | None = None
+    mounted: float = 0.0
+    used: float = 0.0
+    releasing: bool = False
+
+
+class NodeFolders:
+    """`volumes`: root name -> (volume name in grants, volume as the manager extension is asked for it)."""
+
+    def __init__(
+        self,
+        *,
+        agent_id: str,
+        attachments: Attachments,
+        manager: ManagerClient,
+        autofs: Autofs,
+        trees: Mapping[str, Tree],
+        volumes: Mapping[str, str],
+        idle: float,
+        deadline: float,
+        ignored: Iterable[Path] = (),
+    ) -> None:
+        self._agent_id = agent_id
+        self._attachments = attachments
+        self._manager = manager
+        self._autofs = autofs
+        self._trees = trees
+        self._volumes = volumes
+        self._idle = idle
+        self._deadline = deadline
+        # Copies of our own directories in other namespaces (a service with a mount namespace has them) hold nothing.
+        self._ignored = [str(path) for path in (*ignored, *(tree.path for tree in trees.values()))]
+        self._folders: dict[FolderPlace, _Folder] = {}
+        self._ending: set[SessionID] = set()  # grants that the manager has not been told the end of
+        self._hint = asyncio.Event()
+        self._at_once = False
+        attachments.listen(self._note)
+
+    def _note(self, event: Event) -> None:
+        """A mount that goes, whoever ended it, takes its place with it; the sweep looks."""
+        if event.kind is EventKind.STATE and event.new in (MountState.DRAINING, MountState.ABSENT):
+            self._hint.set()
+
+    def kernel_ended(self, event: KernelEvent) -> None:
+        """A container that may have held folders is gone: release at once what nobody holds."""
+        log.debug("kernel ended", kernel_id=event.kernel_id)
+        self._release_soon()
+
+    def _release_soon(self) -> None:
+        self._at_once = True
+        self._hint.set()
+
+    # --- taking over --------------------------------------------------------------------------------------------------
+
+    async def adopt(self) -> int:
+        """Knows again what a former agent mounted; takes away what has no attachment any more. Returns how many."""
+        now = time.monotonic()
+        for item, plan in self._attachments.attachments():
+            place = self._place_of(item, plan.volume)
+            if place is not None:
+                self._folders[place] = _Folder(place, session=item.session, used=now)
+        for tree in self._trees.values():
+            for place in await off_loop("a look at the volume roots", _KERNEL_SECONDS, tree.leaves):
+                folder = self._folders.get(place)
+                if folder is None:
+                    log.info("a folder without an attachment is unmounted", place=str(place))
+                    await self._unmount(place, force=True)
+                else:
+                    folder.mounted = now
+                    await self._freshen(folder)
+        return len(self._folders)
+
+    def _place_of(self, item: AttachmentRecord, volume: str) -> FolderPlace | None:
+        if not item.session.startswith(SESSION_PREFIX):
+            return None
+        for root, asked in self._volumes.items():
+            if asked.rpartition(":")[2] == volume:
+                return FolderPlace.of_vfid(root, item.vfid)
+        return None
+
+    def _attachment(self, folder: _Folder) -> AttachmentRecord | None:
+        for item, _ in self._attachments.attachments():
+            if item.session == folder.session and folder.place.is_of(item.vfid):
+                return item
+        return None
+
+    # --- look-ups -----------------------------------------------------------------------------------------------------
+
+    async def serve(self, place: FolderPlace) -> Path:
+        """The session bind to show at a place; attaches the folder if it is not.
+
+        Raises `NotFound` for what the manager extension does not know, `Forbidden` for what it does not open to this
+        node, and everything that an attach raises.
+        """
+        folder = self._folders.setdefault(place, _Folder(place))
+        try:
+            async with folder.lock:
+                source = await self._attached(folder)
+                folder.mounted = folder.used = time.monotonic()
+                return source
+        except BaseException:
+            if folder.session is None and not folder.lock.locked():
+                self._folders.pop(place, None)
+            raise
+
+    async def _attached(self, folder: _Folder) -> Path:
+        if (item := self._attachment(folder)) is not None:
+            with contextlib.suppress(NotFound):
+                await self._attachments.repair(item.key)  # of a living one nothing
+            plan = next(plan for other, plan in self._attachments.attachments() if other is item)
+            return Path(self._attachments.spec(item, plan).source)
+        place = folder.place
+        given = await self._manager.grant_node_folder(
+            self._agent_id, self._volumes[place.root], place.scope, place.folder, timeout=self._deadline
+        )
+        session = SessionID(given.session_id)
+        try:
+            if not place.is_of(VFolderID.parse(given.vfid)) or not session.startswith(SESSION_PREFIX):
+                raise TokenInvalid(f"The manager extension granted another folder than {place}.")
+            folder.session = session
+            spec = await self._attachments.attach(given.grant)
+        except Exception:  # not when this is cancelled: then the attach goes on, and the next look-up has it
+            folder.session = None
+            self._ending.add(session)
+            raise
+        return Path(spec.source)
+
+    # --- release ------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Releases what is idle, until it is cancelled."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(max(self._idle / 4, 0.2), 30.0)):
+                    await self._hint.wait()
+            self._hint.clear()
+            at_once, self._at_once = self._at_once, False
+            try:
+                young = await self._sweep(at_once=at_once)
+            except MooringError as err:
+                log.warning("the volume roots could not be looked through", error=str(err))
+            except Exception:
+                log.exception("the volume roots could not be looked through")
+            else:
+                if young:  # an end was told, but its folder was mounted a moment ago: look again
+                    asyncio.get_running_loop().call_later(_YOUNG_SECONDS / 4, self._release_soon)
+
+    async def _sweep(self, *, at_once: bool) -> bool:
+        """One look at everything. Returns True if `at_once` met a folder that is too young for it."""
+        await self._end_grants()
+        for tree in self._trees.values():
+            for place in await off_loop("a look at the volume roots", _KERNEL_SECONDS, tree.leaves):
+                folder = self._folders.get(place)
+                if folder is None or (self._attachment(folder) is None and not folder.lock.locked()):
+                    # Detached by somebody else: what is still mounted here would fail as soon as its process ends.
+                    await self._unmount(place, force=True)
+                    self._drop(place)
+        await self._detach_orphans()
+        held = await self._held()
+        now = time.monotonic()
+        young = False
+        for folder in list(self._folders.values()):
+            if folder.place in held:
+                folder.used = now
+                continue
+            if folder.lock.locked():
+                continue
+            if at_once and now - folder.mounted < min(_YOUNG_SECONDS, self._idle):
+                young = True
+            elif at_once or now - folder.used >= self._idle:
+                await self._let_go(folder, at_once=at_once)
+        for tree in self._trees.values():
+            await off_loop("a look at the volume roots", _KERNEL_SECONDS, lambda tree=tree: _prune(tree))  # type: ignore[misc]
+        return young
+
+    async def _detach_orphans(self) -> None:
+        """Attachments that no place shows: of an attach that ended after its look-up had given up on it."""
+        for item, plan in self._attachments.attachments():
+            place = self._place_of(item, plan.volume)
+            folder = self._folders.get(place) if place is not None else None
+            if place is None or (folder is not None and (folder.session == item.session or folder.lock.locked())):
+                continue
+            log.info("an attachment that nothing shows is ended", place=str(place), session=item.session)
+            await self._attachments.detach_session(item.session)
+            self._ending.add(item.session)
+
+    async def _held(self) -> set[FolderPlace]:
+        """The folders that a container, or any other mount namespace, holds."""
+
+        def look() -> set[FolderPlace]:
+            table = read_mountinfo()
+            devices: dict[FolderPlace, set[str]] = {}
+            for item, plan in self._attachments.attachments():
+                place = self._place_of(item, plan.volume)
+                if place is None:
+                    continue
+                source = self._attachments.spec(item, plan).source
+                leaf = self._trees[place.root].leaf(place)
+                stacks = [*entries_at(source, table), *entries_at(leaf, table)]
+                devices.setdefault(place, set()).update(entry.device for entry in stacks)
+            held: set[str] = set()
+            for holder in holders(set().union(*devices.values())):
+                held |= {entry.device for entry in holder.entries if not self._is_copy(entry.mount_point)}
+            return {place for place, own in devices.items() if own & held}
+
+        return await off_loop("a look at the containers", _SCAN_SECONDS, look)
+
+    def _is_copy(self, mount_point: str) -> bool:
+        return any(mount_point.startswith(f"{path}/") for path in self._ignored)
+
+    async def _let_go(self, folder: _Folder, *, at_once: bool) -> None:
+        """Asks the kernel to expire the folder; `expired` answers. Then detaches what is not mounted any more."""
+        place = folder.place
+        tree = self._trees[place.root]
+        point = next((point for point in tree.points.values() if point.names == place.names[:-1]), None)
+        mounted = point is not None and bool(entries_at(tree.leaf(place)))
+        if point is not None and mounted:
+            folder.releasing = True
+            try:
+                await off_loop(
+                    "an expiry", self._deadline, lambda: _expire(self._autofs, point.path, point.device, at_once)
+                )
+            finally:
+                folder.releasing = False
+            if entries_at(tree.leaf(place)):
+                return  # somebody of this host uses it
+        async with folder.lock:
+            if entries_at(tree.leaf(place)):
+                return  # looked up again meanwhile
+            await off_loop("an unmount", _KERNEL_SECONDS, lambda: tree.forget_leaf(place))
+            await self._detach(folder)
+        log.info("folder released", place=str(place))
+
+    async def expired(self, place: FolderPlace) -> bool:
+        """The kernel found nobody in it: True if it was unmounted."""
+        folder = self._folders.get(place)
+        if folder is None or not folder.releasing:
+            return False
+        return await self._unmount(place)
+
+    async def _unmount(self, place: FolderPlace, *, force: bool = False) -> bool:
+        tree = self._trees[place.root]
+
+        def work() -> bool:
+            gone = tree.unmount_leaf(place, force=force)
+            if gone and force:
+                tree.forget_leaf(place)
+            return gone
+
+        return await off_loop("an unmount", _KERNEL_SECONDS, work)
+
+    async def _detach(self, folder: _Folder) -> None:
+        session = folder.session
+        if session is not None:
+            await self._attachments.detach_session(session)
+            self._ending.add(session)
+        folder.session = None
+        self._folders.pop(folder.place, None)
+        await self._end_grants()
+
+    def _drop(self, place: FolderPlace) -> None:
+        folder = self._folders.pop(place, None)
+        if folder is not None and folder.session is not None:
+            self._ending.add(folder.session)
+
+    async def _end_grants(self) -> None:
+        """Tells the manager extension what ended; what it does not hear now it hears later."""
+        for session in list(self._ending):
+            try:
+                async with asyncio.timeout(_END_SECONDS):
+                    await self._manager.end_node_folder(self._agent_id, session)
+            except Forbidden as err:
+                log.warning("a grant could not be ended", session=session, error=str(err))
+            except (MooringError, TimeoutError) as err:
+                log.info("the end of a grant is told later", session=session, error=str(err))
+                return
+            self._ending.discard(session)
+
+    # --- repair -------------------------------------------------------------------------------------------------------
+
+    async def _freshen(self, folder: _Folder) -> None:
+        """Shows at the place what its session bind shows. Propagation does that, unless it was repaired while no
+        automounter tree was known (after a restart).
+        """
+        item = self._attachment(folder)
+        if item is None:
+            return
+        plan = next(plan for other, plan in self._attachments.attachments() if other is item)
+        source = Path(self._attachments.spec(item, plan).source)
+        tree = self._trees[folder.place.root]
+
+        def work() -> bool:
+            table = read_mountinfo()
+            want, have = top_at(source, table), top_at(tree.leaf(folder.place), table)
+            if want is None or (have is not None and have.device == want.device):
+                return False
+            tree.mount_leaf(folder.place, source)
+            return True
+
+        if await off_loop("the mount of a folder", _KERNEL_SECONDS, work):
+            log.info("folder shown anew", place=str(folder.place))
+
+
+def _expire(autofs: Autofs, path: Path, device: str, at_once: bool) -> bool:
+    fd = autofs.open(path, device)
+    try:
+        return autofs.expire(fd, at_once=at_once)
+    finally:
+        os.close(fd)
+
+
+def _prune(tree: Tree) -> None:
+    for names in tree.empty_points():
+        tree.prune(names)
