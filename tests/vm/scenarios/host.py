@@ -1,0 +1,247 @@
+"""The agent of this machine, under systemd with the project's unit where systemd is, else as a process of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from agent_plugin.config import AgentConfig
+from storage_proxy.client.agent import AgentClient
+from storage_proxy.core.crypto import SealingKey
+from storage_proxy.core.errors import MooringError
+from storage_proxy.core.tokens import SigningKey
+from storage_proxy.core.wire import BindSpec, MountRequest
+from tests.t4_agent.node import AgentProcess, Node, _toml
+from tests.t4_agent.podman import Podman
+
+ABILITIES = frozenset(os.environ.get("MOORING_VM_ABILITIES", "").split(","))
+SLOWNESS = float(os.environ.get("MOORING_VM_SLOWNESS", "1"))
+# Survives a power cut; /tmp does not everywhere.
+PLACE = Path("/var/tmp/mooring-vm")
+UNIT = "mooring-agent.service"
+
+
+async def until(condition: Callable[[], Awaitable[bool]] | Callable[[], bool], what: str, seconds: float = 60) -> None:
+    """Polls a condition; the deadline stretches with the slowness of the machine."""
+    end = time.monotonic() + seconds * SLOWNESS
+    while True:
+        answer = condition()
+        if answer if isinstance(answer, bool) else await answer:
+            return
+        assert time.monotonic() < end, f"not within {seconds * SLOWNESS:.0f} s: {what}"
+        await asyncio.sleep(0.05)
+
+
+@dataclass
+class HostNode(Node):
+    """A node at the places of the unit; what it knows survives the process that runs the scenarios."""
+
+    def __post_init__(self) -> None:
+        self.place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.signing_key = SigningKey.ed25519_load_or_create(self.place / "grant.pem")
+        self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.sealing_key = SealingKey.load_or_create(self.state / "sealing.key")
+
+    @property
+    def state(self) -> Path:
+        return Path("/var/lib/mooring/agent")
+
+    @property
+    def runtime(self) -> Path:
+        return Path("/run/mooring/agent")
+
+    def config(self, **agent: Any) -> AgentConfig:
+        """Patient: the machine may be emulated, and a slow answer is no hang there."""
+        settings = {
+            "state-dir": str(self.state),
+            "runtime-dir": str(self.runtime),
+            "stop-mounts-on-exit": False,
+            "grace-period": 0.0,
+            "mount-deadline": 20.0 * SLOWNESS,
+            "hang-deadline": 5.0 * SLOWNESS,
+            "repair-pause": 2.0,
+            **{key.replace("_", "-"): value for key, value in agent.items()},
+        }
+        return super().config(**settings)
+
+    def scratch(self) -> list[Path]:
+        place = self.state / "scratch"
+        return sorted(place.iterdir()) if place.is_dir() else []
+
+
+class AgentService(Protocol):
+    """Starting and stopping, as an operator does it."""
+
+    log: Path
+
+    async def start(self) -> AgentClient: ...
+    async def terminate(self) -> int: ...
+    async def kill(self) -> None: ...
+    async def close(self) -> None: ...
+
+
+class AgentUnit:
+    """The unit of configs/systemd, as provision.sh installed it."""
+
+    def __init__(self, node: HostNode, **settings: Any) -> None:
+        self._node = node
+        self._killed = ""
+        self.log = Path("/var/log/mooring-vm-agent.log")
+        config = Path("/etc/mooring/agent.toml")
+        config.write_text(_toml(node.config(**settings)))
+        config.chmod(0o600)
+
+    async def start(self) -> AgentClient:
+        await systemctl("enable", "--now", UNIT)
+        return await self.answering()
+
+    async def answering(self) -> AgentClient:
+        """Also after systemd itself restarted it."""
+        client = AgentClient(self._node.socket, timeout=60 * SLOWNESS)
+        await until(lambda: answers(client), f"the agent answers; {await self.status()}")
+        return client
+
+    async def terminate(self) -> int:
+        await systemctl("stop", UNIT)
+        return 0
+
+    async def kill(self) -> None:
+        """SIGKILL to the agent alone; systemd starts it again by itself (see `started_again`)."""
+        self._killed = await self._main_pid()
+        await systemctl("kill", "--kill-whom=main", "--signal=KILL", UNIT)
+
+    async def started_again(self) -> AgentClient:
+        async def another() -> bool:
+            return await self._main_pid() not in ("0", self._killed)
+
+        await until(another, "systemd starts the agent again")
+        return await self.answering()
+
+    async def _main_pid(self) -> str:
+        _, output = await command("systemctl", "show", "--property=MainPID", "--value", UNIT)
+        return output.strip()
+
+    async def status(self) -> str:
+        _, output = await command("systemctl", "status", "--no-pager", "--lines=30", UNIT)
+        return output
+
+    async def close(self) -> None:
+        await command("systemctl", "disable", "--now", UNIT)
+        _, output = await command("journalctl", "--no-pager", "--unit", UNIT, "--boot")
+        self.log.write_text(output)
+
+
+async def answers(client: AgentClient) -> bool:
+    try:
+        await client.identity()
+    except MooringError:
+        return False
+    return True
+
+
+async def command(*argv: str, seconds: float = 120.0) -> tuple[int, str]:
+    """Exit code and output; the deadline stretches with the slowness of the machine."""
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    async with asyncio.timeout(seconds * SLOWNESS):
+        output, _ = await process.communicate()
+    return process.returncode or 0, output.decode(errors="replace")
+
+
+async def systemctl(*arguments: str) -> None:
+    code, output = await command("systemctl", *arguments)
+    assert code == 0, f"systemctl {' '.join(arguments)}: {output}"
+
+
+@dataclass
+class Host:
+    """What a scenario works with: `node` makes grants and finds residue, `service` is the agent, `agent` calls it."""
+
+    node: HostNode
+    service: AgentService
+    agent: AgentClient
+    podman: Podman
+    folder: str
+    readers: list[Reader] = field(default_factory=list)
+
+    async def attach(self, request: MountRequest | None = None, session: str | None = None) -> BindSpec:
+        wanted = request or self.node.request(self.folder, "data")
+        return await self.agent.attach(self.node.grant(wanted, session), timeout=60 * SLOWNESS)
+
+    async def reader(self, spec: BindSpec, *, mount: str = "") -> Reader:
+        """A container that reads its folder without pause; it has read well when this returns."""
+        place = self.node.place / f"log-{len(self.readers)}"
+        place.mkdir()
+        log = place / "reads"
+        script = (
+            'exec >>/log/reads; while :; do if [ "$(cat /data/hello.txt 2>&1)" = "hello from data/" ]; '
+            "then echo ok; else echo failed; fi; sleep 0.05; done"
+        )
+        name = await self.podman.start(
+            spec,
+            command=("/bin/sh", "-c", script),
+            mount=mount,
+            options=(f"--volume={place}:/log",),
+        )
+        reader = Reader(self, name, log, await self.podman.pid(name))
+        self.readers.append(reader)
+        await reader.reads_well()
+        return reader
+
+    async def restart(self) -> None:
+        """The agent stops in good order and comes again."""
+        await self.agent.close()
+        await self.service.terminate()
+        self.agent = await self.service.start()
+
+    async def state(self, key: str) -> str:
+        return next((str(item.state) for item in await self.agent.mounts() if item.key == key), "absent")
+
+
+@dataclass
+class Reader:
+    """A container whose shell reads a file, checks its content and writes `ok` or `failed`, some 10 times a second."""
+
+    host: Host
+    name: str
+    log: Path
+    pid: int
+
+    def counts(self) -> tuple[int, int]:
+        """Good reads, failed reads."""
+        lines = self.log.read_text().split()
+        return lines.count("ok"), lines.count("failed")
+
+    async def reads_well(self, further: int = 3, seconds: float = 60) -> None:
+        """Waits for some good reads from now on, the last of them without a failure between."""
+        start = len(self.log.read_text().split()) if self.log.exists() else 0
+
+        def well() -> bool:
+            lines = self.log.read_text().split()[start:] if self.log.exists() else []
+            return len(lines) >= further and lines[-further:] == ["ok"] * further
+
+        try:
+            await until(well, "the container reads its folder", seconds)
+        except AssertionError:
+            said = await self.host.podman.execute(self.name, "ls -ln /data; cat /data/hello.txt")
+            raise AssertionError(f"the container does not read: {said}, {await self.host.agent.mounts()}") from None
+
+    async def is_the_same(self) -> None:
+        """It was never restarted."""
+        assert await self.host.podman.pid(self.name) == self.pid
+        code, output = await self.host.podman("inspect", "--format", "{{.State.Running}} {{.RestartCount}}", self.name)
+        assert (code, output.split()) == (0, ["true", "0"])
+
+
+def make_service(node: HostNode, **settings: Any) -> AgentService:
+    if "systemd" in ABILITIES:
+        return AgentUnit(node, **settings)
+    node.runtime.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return AgentProcess(node, **settings)

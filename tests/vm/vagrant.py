@@ -1,0 +1,7 @@
+"""placeholder"""
+
+from .machine import Machine
+
+
+class Vagrant(Machine):
+    pass
