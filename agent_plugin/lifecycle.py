@@ -36,7 +36,7 @@ from .supervisor import MountProcess
 
 log = get_logger(__name__)
 
-# A mount that lived for less than the first counts as a failed start; after the second all is forgiven.
+# A repaired mount that lived for less than the first counts as a failed attempt; after the second all is forgiven.
 _SHORT_LIFE_SECONDS = 2.0
 _LONG_LIFE_SECONDS = 60.0
 _FIRST_PAUSE_SECONDS = 0.5
@@ -201,7 +201,7 @@ class Lifecycle:
 
     async def _died(self, entry: Entry, record: MountRecord, error: str, *, retire: MountProcess | None = None) -> None:
         lived = time.time() - record.since if record.state is MountState.LIVE else 0.0
-        if lived < _SHORT_LIFE_SECONDS:
+        if lived < _SHORT_LIFE_SECONDS and record.repairs:
             entry.failures += 1
         elif lived > _LONG_LIFE_SECONDS:
             entry.failures = 0
@@ -232,7 +232,7 @@ class Lifecycle:
                     return
                 failures = max(entry.failures, pauses)
                 if failures == 0 or pauses > 0:
-                    if await self._attempt(entry):
+                    if await self._attempt(entry, look_first=pauses > 0):
                         return
                     failures = max(entry.failures, pauses)
                 if entry.failures >= self._attempts:
@@ -241,25 +241,34 @@ class Lifecycle:
             pauses += 1
             await asyncio.sleep(min(_FIRST_PAUSE_SECONDS * 2 ** min(failures, 10), self._longest_pause))
 
-    async def _attempt(self, entry: Entry) -> bool:
-        """One attempt. False if it failed; the cause is in the record."""
-        try:
-            await self.restart(entry)
-        except MooringError as err:
-            cause = await self._cause(entry, err)
-            if not cause.temporary:
-                entry.failures += 1
-            if entry.record is not None:
-                entry.record.last_error = str(cause)
-                log.warning(
-                    "a mount could not be repaired yet",
-                    key=entry.record.key,
-                    place=entry.record.plan.place,
-                    attempt=entry.failures,
-                    error=str(cause),
-                )
-            return False
-        return True
+    async def _attempt(self, entry: Entry, *, look_first: bool) -> bool:
+        """One attempt. False if it failed; the cause is in the record.
+
+        `look_first`: asks S3 before a process is started, which would only wait for a server that is away.
+        """
+        cause: MooringError | None = None
+        if look_first and entry.record is not None:
+            found = await self._mounter.examine(entry.record)
+            cause = found if found is not None and found.temporary else None
+        if cause is None:
+            try:
+                await self.restart(entry)
+            except MooringError as err:
+                cause = await self._cause(entry, err)
+            else:
+                return True
+        if not cause.temporary:
+            entry.failures += 1
+        if entry.record is not None:
+            entry.record.last_error = str(cause)
+            log.warning(
+                "a mount could not be repaired yet",
+                key=entry.record.key,
+                place=entry.record.plan.place,
+                attempt=entry.failures,
+                error=str(cause),
+            )
+        return False
 
     async def _cause(self, entry: Entry, err: MooringError) -> MooringError:
         """What S3 says about the place, if that explains the failure; else the failure itself."""
@@ -267,7 +276,7 @@ class Lifecycle:
             return err
         found = await self._mounter.examine(entry.record)
         if found is None:
-            return MountFailed(str(err), hint=err.hint)  # S3 is fine, so it is not temporary
+            return MountFailed(err.message, hint=err.hint)  # S3 is fine, so it is not temporary
         return found
 
     async def _fail(self, entry: Entry) -> None:
@@ -312,8 +321,17 @@ class Lifecycle:
             return
         begun, died = time.monotonic(), old.since
         retired = RetiredRecord(old.token, old.key, old.process)
+        expires = old.credential_expires
+        if credential is not None:
+            expires = credential.expires_at.timestamp() if credential.expires_at else None
         new = replace(
-            old, state=MountState.STAGING, since=time.time(), token=new_token(), process=None, repairs=old.repairs + 1
+            old,
+            state=MountState.STAGING,
+            since=time.time(),
+            token=new_token(),
+            process=None,
+            repairs=old.repairs + 1,
+            credential_expires=expires,
         )
         await self._journal.retire(Step.REPAIR_BEGIN, retired, new)
         entry.retired.setdefault(old.token, None)
@@ -328,6 +346,7 @@ class Lifecycle:
             await self._journal.save_mount(Step.REPAIR_PLACE, new)
             staged_ms = round((time.monotonic() - begun) * 1000, 1)
             count = await self._put_in_place(entry, new)
+            new.repairs += 1
             await self._journal.save_mount(Step.REPAIR_LIVE, in_state(new, MountState.LIVE))
         except BaseException as err:
             new.device = old.device

@@ -123,8 +123,8 @@ class Mounter:
         target = self._layout.pooled(record.key)
 
         def move() -> None:
+            unmount_stack(target)  # first: a dead mount answers neither mkdir nor stat
             target.mkdir(mode=0o755, exist_ok=True)
-            unmount_stack(target)
             move_mount(self._layout.staged(record.token), target)
             self._layout.staged(record.token).rmdir()
 
@@ -168,6 +168,8 @@ class Mounter:
         Raises as `remove` does.
         """
         staged = self._layout.staged(record.token)
+        if process is not None:
+            process.send(signal.SIGKILL)  # it has served nobody, so nothing is lost
         await self._end([staged], [process])
         await self.sweep(record.token)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
+import boto3
 import pytest
 import pytest_asyncio
 from sqlalchemy.engine import make_url
@@ -145,3 +146,16 @@ async def _admin_sql(url: str, statement: str) -> None:
         await connection.execute(statement)
     finally:
         await connection.close()
+
+
+def delete_bucket(server: S3Server, name: str) -> None:
+    """By boto3: the product itself never deletes a bucket."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=server.endpoint.url,
+        region_name="us-east-1",
+        aws_access_key_id=server.admin.access_key,
+        aws_secret_access_key=server.admin.secret_key.reveal(),
+    )
+    client.delete_bucket(Bucket=name)
+    client.close()

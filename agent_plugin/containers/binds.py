@@ -49,9 +49,11 @@ class Binds:
 
     def _stack(self, key: MountKey, place: Path, mode: AccessMode) -> None:
         source = self._layout.pooled(key)
-        if not any(entry.is_fuse for entry in entries_at(source)):
+        table = read_mountinfo()
+        if not any(entry.is_fuse for entry in entries_at(source, table)):
             raise MountFailed(f"Nothing is mounted at {source}.", hint="Attach again.")
-        place.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if not entries_at(place, table):  # a dead mount there answers neither mkdir nor stat
+            place.mkdir(mode=0o755, parents=True, exist_ok=True)
         _put(source, place, read_only=mode is AccessMode.READ_ONLY, propagation=Propagation.SHARED)
 
     def restack(self, record: MountRecord, items: Sequence[AttachmentRecord]) -> int:
@@ -78,7 +80,8 @@ class Binds:
             place = self._layout.bind(item.session, item.vfid)
             top = top_at(place, table)
             if top is not None and top.is_fuse and top.device == record.device:
-                pooled.mkdir(mode=0o755, exist_ok=True)
+                if not entries_at(pooled, table):
+                    pooled.mkdir(mode=0o755, exist_ok=True)
                 _put(place, pooled, read_only=False, propagation=Propagation.PRIVATE)
                 return True
         return False

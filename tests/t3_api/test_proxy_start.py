@@ -10,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
@@ -34,7 +33,7 @@ from storage_proxy.main import open_proxy
 from storage_proxy.s3 import S3Client
 from storage_proxy.state import Base, upgrade_state
 from storage_proxy.state.tables import VERSION_TABLE
-from tests.conftest import S3Server
+from tests.conftest import S3Server, delete_bucket
 
 from .proxy_stand import ProxyStand, proxy_config, running
 
@@ -201,19 +200,6 @@ async def test_health_and_metrics(stand: ProxyStand) -> None:
     assert "mooring_proxy_sent_bytes_total 5.0" in text
     assert 'route="/folder/create",status="204"' in text
     assert vfid not in text
-
-
-def delete_bucket(server: S3Server, name: str) -> None:
-    """By boto3: the product itself never deletes a bucket."""
-    client = boto3.client(
-        "s3",
-        endpoint_url=server.endpoint.url,
-        region_name="us-east-1",
-        aws_access_key_id=server.admin.access_key,
-        aws_secret_access_key=server.admin.secret_key.reveal(),
-    )
-    client.delete_bucket(Bucket=name)
-    client.close()
 
 
 @pytest.mark.asyncio
