@@ -131,7 +131,7 @@ class Layout:
         try:
             self.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
             top = top_at(self.runtime)
-            if top is not None and not _is_ours(top):
+            if top is not None and not is_base(top):
                 raise ConfigError(
                     f"Something else ({top.fstype}) is mounted at the runtime directory {self.runtime}.",
                     hint="Unmount it, or set another runtime-dir.",
@@ -206,7 +206,8 @@ class Layout:
         os.close(fd)
 
 
-def _is_ours(entry: MountEntry) -> bool:
+def is_base(entry: MountEntry) -> bool:
+    """True for the file systems that an agent made for itself."""
     return entry.fstype == "tmpfs" and entry.source == _SOURCE
 
 

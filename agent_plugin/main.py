@@ -28,6 +28,7 @@ from .containers.volume_book import VolumeBook
 from .containers.volume_plugin import make_plugin_app
 from .containers.volumes import Volumes
 from .drivers import Drivers
+from .events import EventKind
 from .grants import GrantVerifier
 from .host import check_host
 from .journal import Journal
@@ -38,7 +39,9 @@ from .mounter import Mounter
 from .probe import Prober
 from .reconcile import Reconciler
 from .status import StatusPublisher
+from .strays import Strays
 from .supervisor import trim_output
+from .takeover import Takeover
 
 log = logs.get_logger(__name__)
 
@@ -95,9 +98,10 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
             layout, drivers, prober, scratch, deadline=section.mount_deadline, ca_file=config.driver.s3fs.ca_file
         )
         binds = Binds(layout)
-        reconciler = Reconciler(layout, journal, drivers, scratch)
+        strays = Strays(layout, drivers, scratch)
+        takeover = Takeover(layout, journal, strays, scratch)
         if section.stop_mounts_on_exit:
-            (await reconciler.clean()).tell()
+            found = await takeover.clean()
             layout.make_runtime()
             stack.push_async_callback(_leave_nothing, layout)
         layout.prepare()
@@ -119,7 +123,8 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
         if section.stop_mounts_on_exit:
             stack.push_async_callback(attachments.stop_all)
         else:
-            (await reconciler.adopt(attachments, mounter, binds)).tell()
+            found = await takeover.adopt(attachments, mounter, binds)
+        found.tell()
         volumes = None
         if config.volume_plugin is not None:
             book = await VolumeBook.open(state / "volumes.json")
@@ -144,8 +149,21 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
             publisher = StatusPublisher(
                 section.id, config.redis, attachments, mounts_stay=not section.stop_mounts_on_exit
             )
+        reconciler = Reconciler(
+            layout,
+            journal,
+            attachments,
+            strays,
+            interval=section.reconcile_interval,
+            grace=section.grace_period,
+            release_after=section.release_unheld_after,
+            keeps=volumes.holds if volumes is not None else None,
+        )
+        if found.detail:
+            attachments.tell(EventKind.RECONCILED, **found.detail)
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(_trim(layout), name="trim logs")]
+            background.append(tasks.create_task(reconciler.run(), name="reconcile"))
             if publisher is not None:
                 background.append(tasks.create_task(publisher.run(), name="status"))
             if config.manager is not None and token is not None:

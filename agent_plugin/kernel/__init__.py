@@ -1,6 +1,6 @@
 """The mount calls of Linux: typed system calls, the mount table, connections of the FUSE control file system."""
 
-from .mountinfo import MountEntry, entries_at, entries_below, read_mountinfo, top_at
+from .mountinfo import MountEntry, entries_at, entries_below, read_mountinfo, top_at, tops
 from .syscalls import (
     Attribute,
     MountFlag,
@@ -31,5 +31,6 @@ __all__ = [
     "set_mount",
     "set_propagation",
     "top_at",
+    "tops",
     "unmount",
 ]

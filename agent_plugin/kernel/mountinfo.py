@@ -111,6 +111,15 @@ def top_at(path: Path | str, table: Iterable[MountEntry] | None = None) -> Mount
     return next((entry for entry in reversed(stack) if entry.mount_id not in covered), None)
 
 
+def tops(table: Iterable[MountEntry]) -> dict[str, MountEntry]:
+    """What is seen at each mount point of a table: `top_at` for all of them at once."""
+    stacks: dict[str, list[MountEntry]] = {}
+    for entry in table:
+        stacks.setdefault(entry.mount_point, []).append(entry)
+    found = {point: top_at(point, stack) for point, stack in stacks.items()}
+    return {point: top for point, top in found.items() if top is not None}
+
+
 def entries_below(path: Path | str, table: Iterable[MountEntry] | None = None) -> list[MountEntry]:
     """What is mounted at `path` or below it, in the order of mounting."""
     text = str(path)
