@@ -330,7 +330,6 @@ class Lifecycle:
             since=time.time(),
             token=new_token(),
             process=None,
-            repairs=old.repairs + 1,
             credential_expires=expires,
         )
         await self._journal.retire(Step.REPAIR_BEGIN, retired, new)

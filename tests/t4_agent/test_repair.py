@@ -80,7 +80,7 @@ async def test_a_dead_mount_returns_at_the_same_path(node: Node, folder: str) ->
         assert (await agent.status()).status == "ok"
         place.with_name("new.txt").write_text("written after it")
         assert len(node.credentials()) == 1
-        assert len(node.scratch()) == 1
+        await until(lambda: len(node.scratch()) == 1, "the traces of the dead ones are gone")
         await agent.detach_session(spec.session_id)
         assert node.residue() == {}
 
@@ -149,6 +149,7 @@ async def behind_a_relay(node: Node, s3_server: S3Server, folder: str, **setting
 
 
 @pytest.mark.expects_log("could not be repaired yet")
+@pytest.mark.expects_log("retry_scheduled")
 @pytest.mark.expects_log("'/v1/attachments'")
 async def test_a_mount_that_dies_while_s3_is_away_returns_with_it(node: Node, folder: str, s3_server: S3Server) -> None:
     async with behind_a_relay(node, s3_server, folder, repair_attempts=1, mount_deadline=2) as (
@@ -174,6 +175,7 @@ def _told(manager: Attachments, state: MountState, text: str) -> bool:
 
 
 @pytest.mark.expects_log("could not be repaired yet")
+@pytest.mark.expects_log("retry_scheduled")
 @pytest.mark.expects_log("is not repaired any more")
 @pytest.mark.expects_log("'/v1/attachments'")
 async def test_a_mount_that_cannot_be_repaired_is_failed_with_the_reason(
@@ -207,6 +209,7 @@ async def test_a_mount_that_cannot_be_repaired_is_failed_with_the_reason(
 
 
 @pytest.mark.expects_log("could not be repaired yet")
+@pytest.mark.expects_log("retry_scheduled")
 async def test_a_session_that_ends_while_its_mount_is_dead_leaves_nothing(
     node: Node, folder: str, s3_server: S3Server
 ) -> None:
