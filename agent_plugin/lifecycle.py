@@ -172,7 +172,7 @@ class Lifecycle:
             if entry.process is not process or entry.record is None:
                 return  # it was us
             entry.process = None
-            said = process.last_words()
+            said = self._mounter.last_words(entry.record, process)
             error = f"The mount process ended (status {process.status})" + (f"; it said: {said}" if said else ".")
             log.warning(
                 "mount process ended",

@@ -21,6 +21,7 @@ from storage_proxy.core.logs import get_logger
 from storage_proxy.core.secrets import Secret
 from storage_proxy.core.wire import S3Credential
 
+from .cgroups import Cgroups
 from .credentials import read_credential, wipe_credential, write_credential
 from .drivers import Drivers, MountPlan
 from .journal import MountRecord
@@ -50,7 +51,15 @@ class Mounter:
     """`scratch` is a directory on disk where every mount gets a 0700 folder of its own for temporary files."""
 
     def __init__(
-        self, layout: Layout, drivers: Drivers, prober: Prober, scratch: Path, *, deadline: float, ca_file: Path | None
+        self,
+        layout: Layout,
+        drivers: Drivers,
+        prober: Prober,
+        scratch: Path,
+        *,
+        deadline: float,
+        ca_file: Path | None,
+        cgroups: Cgroups,
     ) -> None:
         self._layout = layout
         self._drivers = drivers
@@ -58,6 +67,7 @@ class Mounter:
         self._scratch = scratch
         self._deadline = deadline
         self._ca_file = ca_file
+        self._cgroups = cgroups
 
     async def check(self, plan: MountPlan, credential: S3Credential) -> None:
         """Everything that can be known before a process is started. Touches nothing on this host.
@@ -104,7 +114,13 @@ class Mounter:
         launch = driver.launch(
             record.plan, mount_point=layout.staged(token), credential=layout.credential(record.key), scratch=scratch
         )
-        return MountProcess.start(launch, layout.log(token))
+        process = MountProcess.start(launch, layout.log(token))
+        await self._cgroups.enter(process.pid, token)
+        return process
+
+    def last_words(self, record: MountRecord, process: MountProcess) -> str:
+        """Why a process ended, as far as it or the kernel says."""
+        return self._cgroups.reason(record.token) or process.last_words()
 
     async def ready(self, record: MountRecord, process: MountProcess) -> str:
         """Waits until the staged mount is usable. Returns its device, "major:minor".
@@ -227,6 +243,7 @@ class Mounter:
                 layout.staged(token).rmdir()
 
         await off_loop("the removal of temporary files", 60.0, work)
+        await self._cgroups.leave(token)
 
     async def _unmount(self, places: Iterable[Path]) -> None:
         def work() -> None:
