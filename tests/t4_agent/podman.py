@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import shutil
+import tarfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,16 +25,18 @@ cgroup_manager = "cgroupfs"
 events_logger = "file"
 """
 
+_IMAGE = "localhost/t4:1"
+
 
 class Podman:
     """podman with storage of its own below `place`, and a root file system of one static busybox."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, settings: str = "") -> None:
         self._place = place
         self._conf = place / "containers.conf"
         # Debian 12's crun refuses a host with both cgroup versions mounted; runc is not everywhere.
         runtime = "runc" if shutil.which("runc") else "crun"
-        self._conf.write_text(CONTAINERS_CONF.format(runtime=runtime))
+        self._conf.write_text(CONTAINERS_CONF.format(runtime=runtime) + settings)
         self.rootfs = place / "rootfs"
         for name in ("bin", "etc", "tmp", "data", "other", "proc", "dev", "sys", "run"):
             (self.rootfs / name).mkdir(parents=True)
@@ -55,6 +58,16 @@ class Podman:
         async with asyncio.timeout(60):
             output, _ = await process.communicate()
         return process.returncode or 0, output.decode(errors="replace")
+
+    async def image(self) -> str:
+        """The same root file system as an image; its name. Podman 4.3 forgets the volumes of containers without one."""
+        archive = self._place / "image.tar"
+        if not archive.exists():
+            with tarfile.open(archive, "w") as tar:
+                tar.add(self.rootfs, ".")
+            code, output = await self("import", "--quiet", str(archive), _IMAGE)
+            assert code == 0, output
+        return _IMAGE
 
     async def start(
         self,
@@ -114,9 +127,10 @@ def missing_programs() -> str | None:
 
 
 @asynccontextmanager
-async def podman_in(place: Path) -> AsyncIterator[Podman]:
-    """A podman of its own below `place`, which must exist; its containers are gone at the end."""
-    made = Podman(place)
+async def podman_in(place: Path, settings: str = "") -> AsyncIterator[Podman]:
+    """A podman of its own below `place`, which must exist; its containers are gone at the end. `settings` go behind the
+    usual ones in its containers.conf."""
+    made = Podman(place, settings)
     try:
         yield made
     finally:

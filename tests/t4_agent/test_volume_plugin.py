@@ -6,23 +6,29 @@ import asyncio
 import json
 import os
 import re
+import secrets
+import signal
 import socket as sockets
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from agent_plugin.containers.volume_book import VolumeBook, VolumeRecord
 from agent_plugin.containers.volume_options import VolumeOptions
 from agent_plugin.kernel import entries_at, top_at
 from storage_proxy.core.errors import ConfigError, NoSpace
 from storage_proxy.core.wire import S3Credential
+from storage_proxy.s3 import S3Client
 from tests.fakes.fault_proxy import ALWAYS, Fault, FaultProxy
 
 from .node import AgentProcess, Node, until, until_async
 from .plugin_client import Engine, PluginError
+from .podman import Podman, missing_programs, podman_in, podman_trouble
 
 pytestmark = [pytest.mark.root, pytest.mark.asyncio]
 
@@ -434,3 +440,177 @@ async def test_a_damaged_book_stops_the_start(tmp_path: Path, content: str) -> N
     with pytest.raises(ConfigError, match="is damaged"):
         await VolumeBook.open(tmp_path / "book")
     assert (tmp_path / "book").read_text() == content
+
+
+# --- Podman -----------------------------------------------------------------------------------------------------------
+
+
+@pytest_asyncio.fixture
+async def engine_podman(node: Node) -> AsyncIterator[Podman]:
+    """Podman that knows the plugin by the name `mooring`."""
+    if reason := missing_programs():
+        pytest.skip(reason)
+    (node.place / "podman").mkdir()
+    settings = f'[engine.volume_plugins]\nmooring = "{node.place / "plugin.sock"}"\n'
+    async with podman_in(node.place / "podman", settings) as made:
+        if reason := await podman_trouble(made):
+            pytest.skip(reason)
+        yield made
+
+
+async def create(podman: Podman, name: str, *options: str) -> tuple[int, str]:
+    given = [text for option in options for text in ("--opt", option)]
+    return await podman("volume", "create", "--driver", "mooring", *given, name)
+
+
+async def in_container(podman: Podman, volume: str, script: str, user: str = "1000:1000") -> tuple[int, str]:
+    """Runs a shell script in a container of its own with a volume."""
+    image = await podman.image()
+    return await podman("run", "--rm", "--user", user, "--volume", volume, image, "/bin/sh", "-c", script)
+
+
+async def start(podman: Podman, volume: str, script: str = "sleep 600") -> str:
+    """Starts a container that stays; its name."""
+    name = f"t4-{secrets.token_hex(4)}"
+    image = await podman.image()
+    code, output = await podman("run", "--detach", "--name", name, "--volume", volume, image, "/bin/sh", "-c", script)
+    assert code == 0, output
+    return name
+
+
+@pytest.mark.containers
+async def test_podman_from_create_to_remove(node: Node, folder: str, engine_podman: Podman, s3: S3Client) -> None:
+    podman = engine_podman
+    async with node.agent(volume_plugin=plugin(node, folder)) as agent:
+        code, output = await create(podman, "models", "prefix=data", "uid=1000", "gid=1000")
+        assert (code, output.strip()) == (0, "models")
+        code, output = await podman("volume", "ls", "--format", "{{.Driver}} {{.Name}}")
+        assert output.split() == ["mooring", "models"]
+
+        # Two containers at a time share one mount; Podman asks for it once.
+        first = await start(podman, "models:/data:rslave")
+        code, output = await in_container(
+            podman, "models:/data:rslave", "cat /data/hello.txt && echo result > '/data/a b.txt'"
+        )
+        assert (code, output) == (0, "hello from data/")
+        assert len(await agent.mounts()) == 1
+        code, output = await podman.execute(first, "cat '/data/a b.txt'")
+        assert (code, output) == (0, "result\n")
+        async with await s3.get(folder, "data/a b.txt") as stream:
+            assert await stream.read() == b"result\n"
+
+        code, output = await podman("volume", "inspect", "models")
+        (inspected,) = json.loads(output)
+        (item,) = await agent.attachments()
+        assert inspected["Mountpoint"] == item.source
+        assert inspected["Options"] == {"prefix": "data", "uid": "1000", "gid": "1000"}
+        assert node.credential.secret_key.reveal() not in output
+        code, output = await podman("volume", "rm", "models")
+        assert code != 0, "in use"
+
+        await podman.remove(first)
+        assert node.residue() == {}
+        code, output = await podman("volume", "rm", "models")
+        assert code == 0, output
+        assert json.loads((node.place / "state" / "volumes.json").read_text())["volumes"] == []
+
+
+@pytest.mark.containers
+@pytest.mark.semantics(7)
+async def test_podman_with_a_read_only_volume(node: Node, folder: str, engine_podman: Podman) -> None:
+    """Also when nobody says `ro` to Podman, and as root of the container."""
+    async with node.agent(volume_plugin=plugin(node, folder)):
+        code, output = await create(engine_podman, "readers", "prefix=data", "credential=readers", "mode=ro")
+        assert code == 0, output
+        for user in ("1000:1000", "0:0"):
+            code, output = await in_container(
+                engine_podman, "readers:/data:rslave", "cat /data/hello.txt; touch /data/no", user
+            )
+            assert code != 0
+            assert output.startswith("hello from data/")
+            assert "Read-only" in output
+        assert node.residue() == {}
+
+
+@pytest.mark.containers
+async def test_podman_shows_what_is_wrong(node: Node, folder: str, engine_podman: Podman) -> None:
+    async with node.agent(volume_plugin=plugin(node, folder)):
+        for option, text in (
+            ("colour=red", "There is no option 'colour'. Options are volume, bucket, prefix, credential, mode, uid,"),
+            ("secret_key=hush", "whoever may inspect the volume would read the key in it. Ask the operator to"),
+            ("bucket=payroll", "Credential all may not be used for s3://payroll/ on volume minio."),
+        ):
+            code, output = await create(engine_podman, "v", option)
+            assert code != 0
+            assert text in output
+            assert (await engine_podman("volume", "ls", "--quiet"))[1] == ""
+        assert (await create(engine_podman, "v", "prefix=nothing/there"))[0] == 0
+        code, output = await in_container(engine_podman, "v:/data", "true")
+        assert code != 0
+        assert f"There is no directory 'nothing/there/' in bucket '{folder}'. Upload a file into it first" in output
+        assert node.residue() == {}
+
+
+@pytest.mark.containers
+@pytest.mark.expects_log("was not mounted within")
+async def test_podman_shows_our_reason_and_not_its_own_patience(node: Node, folder: str, engine_podman: Podman) -> None:
+    async with FaultProxy(node.endpoint) as proxy:
+        section = plugin(node, folder)  # answer-within as it is by default
+        section["volumes"]["minio"]["endpoint"] = proxy.url
+        async with node.agent(volume_plugin=section, mount_deadline=6.0):
+            assert (await create(engine_podman, "v", "prefix=data"))[0] == 0
+            proxy.add(Fault(hang=True, times=ALWAYS))
+            code, output = await in_container(engine_podman, "v:/data", "true")
+            assert code != 0
+            assert "Volume v was not mounted within 4 s. Check that its S3 server answers" in output
+
+
+_READER = "while :; do cat /data/hello.txt >/dev/null 2>&1 && echo y || echo n; sleep 0.05; done >/tmp/seen"
+
+
+@pytest.mark.containers
+@pytest.mark.semantics(12)
+async def test_podman_containers_recover_from_a_crash(node: Node, folder: str, engine_podman: Podman) -> None:
+    """kill -9 of the mount process under two readers: both go on without a restart, also after one of the agent."""
+    podman = engine_podman
+    process = AgentProcess(node, volume_plugin=plugin(node, folder), stop_mounts_on_exit=False)
+    try:
+        client = await process.start()
+        code, output = await create(podman, "v", "prefix=data", "uid=1000", "gid=1000")
+        assert code == 0, output
+        names = [await start(podman, "v:/data:rslave", _READER) for _ in range(2)]
+        for crash in (1, 2):
+            if crash == 2:
+                await client.close()
+                await process.kill()
+                client = await process.start()
+            for name in names:
+                await until_async(lambda name=name: _reads(podman, name), "the container reads", 20.0)
+            (pid,) = node.processes()
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda pid=pid: _another(node, pid), "another mount process")
+            for name in names:
+                await until_async(lambda name=name: _reads(podman, name), "the container reads again", 20.0)
+        (item,) = await client.attachments()
+        assert item.source is not None
+        assert len(entries_at(item.source)) == 3, "two stacked on the first"
+        for name in names:
+            await podman.remove(name)
+        code, output = await podman("volume", "rm", "v")
+        assert code == 0, output
+        await until(lambda: node.residue() == {}, "nothing is left")
+        await client.close()
+        assert await process.terminate() == 0
+    finally:
+        await process.close()
+
+
+def _another(node: Node, pid: int) -> bool:
+    running = node.processes()
+    return bool(running) and pid not in running
+
+
+async def _reads(podman: Podman, name: str) -> bool:
+    """The last three reads of the loop in the container went well."""
+    code, output = await podman.execute(name, "/bin/busybox tail -n 3 /tmp/seen")
+    return code == 0 and output.split() == ["y", "y", "y"]
