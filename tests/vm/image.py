@@ -199,11 +199,9 @@ class _Build:
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
             pip += ["--only-binary=:all:", "--require-hashes", "--dest", str(self._images.wheels)]
             # The image's patch release may be an older one, and need a package that this Python does without.
-            lock = re.sub(
-                r" ; python_full_version < '3\.\d+\.\d+'[^\\\n]*", " ", (ROOT / "requirements.lock").read_text()
-            )
+            lock = (ROOT / "requirements.lock").read_text()
             wanted = self._place / "wanted.lock"
-            wanted.write_text(lock)
+            wanted.write_text(re.sub(r" ; python_full_version < '3\.\d+\.\d+'[^\\\n]*", " ", lock))
             call([*pip, "--requirement", str(wanted)], deadline=900).check("pip download")
             shutil.copytree(self._images.wheels, self._root / "var/cache/wheels")
             setting = "MOORING_WHEELS=/var/cache/wheels"

@@ -22,6 +22,7 @@ _PROGRAMS = {
         "dnsmasq": "dnsmasq-base",
         "rsync": "rsync",
         "ip": "iproute2",
+        "nsenter": "util-linux",
     },
 }
 # Not found as programs: firmware, and the plugin that lets vagrant use libvirt.
@@ -29,7 +30,7 @@ _COMPANIONS = {"qemu-system-x86": ["seabios", "ipxe-qemu"], "vagrant": ["vagrant
 
 
 def missing_packages(backends: Iterable[str]) -> list[str]:
-    """Debian packages of the programs that are not there. User-mode Linux comes first: its modules go into the image."""
+    """Debian packages of the programs that are not there."""
     wanted = dict(_IMAGE)
     for backend in backends:
         wanted |= _PROGRAMS[backend]

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import signal
 import subprocess
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from agent_plugin.config import AgentConfig
+from agent_plugin.kernel import entries_below, unmount
 from storage_proxy.client.agent import AgentClient
 from storage_proxy.core.crypto import SealingKey
 from storage_proxy.core.errors import MooringError
 from storage_proxy.core.tokens import SigningKey
 from storage_proxy.core.wire import BindSpec, MountRequest
 from tests.t4_agent.node import AgentProcess, Node, _toml
-from tests.t4_agent.podman import Podman
+from tests.t4_agent.podman import Podman, podman_in, podman_trouble
 
 ABILITIES = frozenset(os.environ.get("MOORING_VM_ABILITIES", "").split(","))
 SLOWNESS = float(os.environ.get("MOORING_VM_SLOWNESS", "1"))
@@ -245,3 +249,45 @@ def make_service(node: HostNode, **settings: Any) -> AgentService:
         return AgentUnit(node, **settings)
     node.runtime.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     return AgentProcess(node, **settings)
+
+
+@asynccontextmanager
+async def running_host(node: HostNode, folder: str, **settings: Any) -> AsyncIterator[Host]:
+    """Everything runs; at the end nothing may be left, and the agent's log is on standard output."""
+    service = make_service(node, **settings)
+    place = node.place / "podman"
+    place.mkdir()
+    made: Host | None = None
+    try:
+        async with podman_in(place) as podman:
+            trouble = await podman_trouble(podman)
+            assert trouble is None, trouble
+            made = Host(node, service, await service.start(), podman, folder)
+            yield made
+            for reader in made.readers:
+                await podman.remove(reader.name)
+        for item in await made.agent.attachments():
+            await made.agent.detach_session(item.session_id)
+        await until(lambda: node.residue() == {}, "nothing is left behind")
+    finally:
+        print(f"--- left: {node.residue()}")
+        if made is not None:
+            await made.agent.close()
+        await service.close()
+        print(f"--- the agent's log\n{_tail(service.log)}")
+        wipe(node)
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-12_000:] if log.exists() else ""
+
+
+def wipe(node: HostNode) -> None:
+    """Whatever a failed scenario left, so that the next one fails for reasons of its own."""
+    for pid in node.processes():
+        os.kill(pid, signal.SIGKILL)
+    for place in (node.runtime, node.place):
+        while entries := entries_below(place):
+            unmount(Path(entries[-1].mount_point), lazy=True)
+    for place in (node.place, node.state, node.runtime):
+        shutil.rmtree(place, ignore_errors=True)
