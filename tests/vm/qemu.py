@@ -55,7 +55,9 @@ class Qemu(Machine):
         self._port = _free_port()
         argv = _machine_argv(self._images, self.accelerator, self._serial)
         # Writeback honours the guest's flushes, so that a power cut loses what a real one loses, and nothing more.
-        argv += ["-drive", f"file={self._overlay},if=none,id=d0,format=qcow2,cache=writeback"]
+        # Nobody writes to the image below it, so several machines may share that.
+        overlay = f"file={self._overlay},if=none,id=d0,format=qcow2,cache=writeback,backing.file.locking=off"
+        argv += ["-drive", overlay]
         argv += ["-device", "virtio-blk-pci,drive=d0", "-append", "root=/dev/vda rw console=ttyS0 net.ifnames=0"]
         argv += ["-netdev", f"user,id=n0,restrict=on,hostfwd=tcp:127.0.0.1:{self._port}-:22"]
         argv += ["-device", "virtio-net-pci,netdev=n0,romfile="]
