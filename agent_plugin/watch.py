@@ -240,8 +240,11 @@ class Watchdog:
         looks: list[dict[int, ThreadStat]] = []
         try:
             while self._is_current(item) and not item.given_up:
-                if not await self._others_answer() or not questions:
-                    looks, silent_since = [], time.monotonic()  # its silence so far says nothing
+                if not await self._others_answer():
+                    log.info("the machine is too busy to judge a mount", key=item.key, place=item.place)
+                    looks, silent_since = [], time.monotonic()
+                elif not questions:  # the helper was killed with them
+                    looks, silent_since = [], time.monotonic()
                 elif not item.stopped:
                     self._tell(item, "does not answer")
                 number = await _first_answer(questions, 0.0)
@@ -253,6 +256,8 @@ class Watchdog:
                         reason = f"The mount process did not answer for {now - begun:.0f} s and did nothing."
                         await self._give_up(item, reason)
                         return
+                    log.info("a mount process is at work but does not answer", key=item.key, place=item.place)
+                    silent_since = now
                     if await self._is_stuck(item, now - begun):
                         await self._give_up(item, f"The mount process did not answer for {now - begun:.0f} s.")
                         return
@@ -315,7 +320,7 @@ class Watchdog:
         entry = self._attachments.entry(item.key)
         trouble = entry.trouble if entry is not None else None
         try:
-            if entry is not None and entry.attachments and not item.asking:
+            if entry is not None and entry.attachments:
                 async with self._checks:
                     trouble = await self._trouble(item)
                 if self._is_current(item):
