@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
+import socket
 import ssl
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +45,7 @@ class Server:
     def __init__(self, listeners: Sequence[Listener]) -> None:
         self._listeners = listeners
         self._runners: list[web.AppRunner] = []
+        self._sockets: list[Path] = []
 
     async def __aenter__(self) -> Self:
         try:
@@ -67,14 +71,9 @@ class Server:
         self._runners.append(runner)
         site: web.BaseSite
         if listener.socket is not None:
-            old_mask = os.umask(0o177)
-            try:
-                listener.socket.unlink(missing_ok=True)
-                site = web.UnixSite(runner, str(listener.socket))
-                await site.start()
-            finally:
-                os.umask(old_mask)
-            listener.socket.chmod(listener.mode)
+            site = web.SockSite(runner, _unix_socket(listener.socket, listener.mode, listener.name))
+            self._sockets.append(listener.socket)
+            await site.start()
         else:
             site = web.TCPSite(runner, listener.host, listener.port, ssl_context=listener.tls)
             try:
@@ -92,9 +91,8 @@ class Server:
     async def stop(self) -> None:
         while self._runners:
             await self._runners.pop().cleanup()
-        for listener in self._listeners:
-            if listener.socket is not None:
-                listener.socket.unlink(missing_ok=True)
+        while self._sockets:
+            self._sockets.pop().unlink(missing_ok=True)
 
     async def run_until_signal(self) -> None:
         stop = asyncio.Event()
@@ -104,3 +102,25 @@ class Server:
         async with self:
             await stop.wait()
             log.info("stopping")
+
+
+def _unix_socket(path: Path, mode: int, name: str) -> socket.socket:
+    """A bound socket that has its mode from its first moment, without touching the umask, which belongs to the whole
+    process: on Linux the file gets the mode of the unbound socket. Only a socket at that place is replaced.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        os.fchmod(listener.fileno(), mode)
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(path.lstat().st_mode):
+                raise ConfigError(f"{path} for the {name} is there and is no socket.", hint="Set another path.")
+            path.unlink()
+        listener.bind(str(path))
+        path.chmod(mode)  # what the umask took away
+    except OSError as err:
+        listener.close()
+        raise ConfigError(f"Cannot listen at {path} for the {name}: {err.strerror}.") from None
+    except BaseException:
+        listener.close()
+        raise
+    return listener

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import socket
 import stat
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from pydantic import BaseModel
 
-from storage_proxy.core.errors import FileNotFound, Forbidden, PortTaken, S3Unavailable, Unauthenticated
+from storage_proxy.core.errors import ConfigError, FileNotFound, Forbidden, PortTaken, S3Unavailable, Unauthenticated
 from storage_proxy.web import (
     HealthCheck,
     Listener,
@@ -196,6 +198,28 @@ async def test_a_unix_socket_is_private_and_removed(tmp_path: Path) -> None:
         ):
             assert answer.status == 404
     assert not path.exists()
+
+
+async def test_a_unix_socket_never_takes_the_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    for path, text in ((tmp_path / "notes", "is no socket"), (tmp_path / "none" / "s", "No such file")):
+        with pytest.raises(ConfigError, match=text):
+            async with Server([Listener(application(), "test", socket=path)]):
+                pass
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+async def test_a_unix_socket_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    before = os.umask(0o077)
+    try:
+        async with Server([Listener(application(), "test", socket=path, mode=0o660)]):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o660
+            assert os.umask(0o077) == 0o077, "the umask belongs to the process"
+    finally:
+        os.umask(before)
 
 
 async def test_a_taken_port_is_named() -> None:
