@@ -13,9 +13,11 @@ import pytest
 import pytest_asyncio
 
 from agent_plugin.kernel import entries_below, unmount
+from storage_proxy.client.agent import AgentClient
 from storage_proxy.core.wire import MountState
 
 from .node import AgentProcess, Node, new_session, until, until_async
+from .podman import Podman
 
 pytestmark = [pytest.mark.root, pytest.mark.asyncio]
 
@@ -131,38 +133,109 @@ async def test_a_stop_keeps_mounts_for_the_next_agent(node: Node, folder: str, l
     async with await lasting.start() as agent:
         (mount,) = await agent.mounts()
         assert mount.state is MountState.LIVE
-        (pid,) = node.processes()
-        os.kill(pid, signal.SIGKILL)
+        assert mount.pid is not None
+        os.kill(mount.pid, signal.SIGKILL)
 
-        async def dead() -> bool:
-            return (await agent.mounts())[0].state is MountState.DEAD
+        async def repaired() -> bool:
+            return [(again.state, again.pid == mount.pid) for again in await agent.mounts()] == [
+                (MountState.LIVE, False)
+            ]
 
-        await until_async(dead, "an adopted process is watched as well", 2.0)
+        await until_async(repaired, "an adopted process is watched as well")
+        assert (Path(spec.source) / "hello.txt").exists()
         await agent.detach_session(spec.session_id)
+        await agent.gc()
         assert node.residue() == {}
 
 
+async def gone(node: Node, pid: int) -> None:
+    await until(lambda: pid not in node.processes(), "it is gone")
+
+
+async def live_again(agent: AgentClient) -> None:
+    async def alive() -> bool:
+        return {mount.state for mount in await agent.mounts()} == {MountState.LIVE}
+
+    await until_async(alive, "every mount lives", 20.0)
+
+
 @pytest.mark.semantics(12)
-async def test_what_is_not_wholly_alive_is_removed(node: Node, folder: str, lasting: AgentProcess) -> None:
+@pytest.mark.semantics(14)
+async def test_what_died_while_the_agent_was_away_is_repaired(
+    node: Node, folder: str, lasting: AgentProcess, podman: Podman
+) -> None:
+    """One mount process is dead, one bind taken away, one file planted; the container never stops."""
     async with await lasting.start() as agent:
         dead = await agent.attach(node.grant(node.request(folder, "data")))
-        alive = await agent.attach(node.grant(node.request(folder, "other")))
+        alive = await agent.attach(node.grant(node.request(folder, "other", target="/other")))
         pids = {mount.prefix: mount.pid for mount in await agent.mounts()}
+        name = await podman.start(dead, alive)
     await lasting.kill()
     pid = pids["data/"]
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     await until(lambda: len(node.processes()) == 1, "it is gone")
+    assert (await podman.execute(name, "cat /data/hello.txt"))[0] != 0
     unmount(Path(alive.source))  # its bind is lost, its mount is well
     stray = node.runtime / "creds" / "0123456789abcdef"
     stray.write_text("left by somebody")
     async with await lasting.start() as agent:
-        assert [item.session_id for item in await agent.attachments()] == [alive.session_id]
-        assert (Path(alive.source) / "hello.txt").read_text() == "hello from other/"
-        assert not Path(dead.source).exists()
+        await live_again(agent)
+        assert len(await agent.attachments()) == 2
+        assert pids["other/"] in node.processes()
         assert not stray.exists()
-        assert len(node.credentials()) == 1
-        await agent.detach_session(alive.session_id)
+        assert await podman.execute(name, "cat /data/hello.txt /other/hello.txt") == (
+            0,
+            "hello from data/hello from other/",
+        )
+        await until(lambda: (Path(alive.source) / "hello.txt").exists(), "the bind is made again")
+        for spec in (dead, alive):
+            await agent.detach_session(spec.session_id)
+        await podman.remove(name)
+        await agent.gc()
+        assert node.residue() == {}
+
+
+async def test_killed_in_the_middle_of_a_repair(node: Node, folder: str, lasting: AgentProcess) -> None:
+    """Whatever step it had come to, its successor finishes the repair; what it had begun is not left over."""
+    async with await lasting.start() as agent:
+        spec = await agent.attach(node.grant(node.request(folder, "data")))
+        for wait in (0.0, 0.02, 0.04, 0.08):
+            (pid,) = node.processes()
+            os.kill(pid, signal.SIGKILL)
+            await gone(node, pid)
+            if wait:
+                await until(lambda: bool(node.staged()), "the repair has begun")
+                await asyncio.sleep(wait)
+            await lasting.kill()
+            async with await lasting.start() as successor:
+                await live_again(successor)
+                assert (Path(spec.source) / "hello.txt").read_text() == "hello from data/"
+                await until(lambda: len(node.processes()) == 1, "one process")
+                assert node.staged() == []
+                await until(lambda: len(node.scratch()) == 1, "one scratch folder")
+        await lasting.kill()
+    async with await lasting.start() as agent:
+        assert await agent.detach_session(spec.session_id) == 1
+        await agent.gc()
+        assert node.residue() == {}
+
+
+async def test_a_host_that_was_started_anew(node: Node, folder: str, lasting: AgentProcess) -> None:
+    """/run is empty, containers and processes are gone: the journal tells of promises that nobody holds any more."""
+    async with await lasting.start() as agent:
+        await agent.attach(node.grant(node.request(folder, "data")))
+    await lasting.kill()
+    for pid in node.processes():
+        os.kill(pid, signal.SIGKILL)
+    for entry in reversed(entries_below(node.runtime)):
+        unmount(Path(entry.mount_point), lazy=True)
+    async with await lasting.start() as agent:
+        assert await agent.attachments() == []
+        assert await agent.mounts() == []
+        assert node.residue() == {}
+        await agent.attach(node.grant(node.request(folder, "data"), "the-next"))
+        await agent.detach_session("the-next")
         await agent.gc()
         assert node.residue() == {}
 
