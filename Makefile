@@ -5,12 +5,14 @@ PY := .venv/bin/python
 ROOT := $(shell if [ "$$(id -u)" -eq 0 ]; then :; elif sudo -n true 2>/dev/null; then echo "sudo -n -E"; fi)
 ARGS ?=
 
-.PHONY: help setup run test check format lint types imports generated generate bench lock clean
+.PHONY: help setup run test vm-test vm-clean check format lint types imports generated generate bench lock clean
 
 help:
 	@echo "make run [ARGS=--once]  start the one-machine stack and run the main job on it"
 	@echo "make test               run all tests, layer by layer"
 	@echo "make check              format, lint, types, import rules, generated files, tests"
+	@echo "make vm-test            run the scenarios in virtual machines [BACKEND=uml|qemu|vagrant|all]"
+	@echo "make vm-clean           remove the cached images of virtual machines"
 	@echo "make bench              measure against peers and the raw limit"
 	@echo "make setup              only set up: leaves a working .venv/bin/mooring"
 
@@ -22,6 +24,13 @@ run: setup
 
 test: setup
 	@exec $(ROOT) $(PY) -m pytest $(ARGS)
+
+# Machines with a kernel of their own, see docs/vm-tests.md. ARGS: what to run instead of the scenarios.
+vm-test: setup
+	@exec $(ROOT) $(PY) -m tests.vm.runner test --backend $(or $(BACKEND),auto) $(ARGS)
+
+vm-clean: setup
+	@exec $(ROOT) $(PY) -m tests.vm.runner clean
 
 check: setup lint types imports generated
 	@$(MAKE) --no-print-directory test
