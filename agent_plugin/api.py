@@ -41,6 +41,7 @@ from storage_proxy.web import (
 from .attachments import Attachments
 from .drivers import DriverInfo
 from .journal import AttachmentRecord, MountRecord
+from .metrics import AgentMetrics, metrics_route
 from .peers import LOCAL, peer_authenticator
 
 _HEX = frozenset("0123456789abcdef")
@@ -188,10 +189,15 @@ class AgentApi:
         return json_answer(GcAnswer(drained=await self._attachments.collect(body.grace)))
 
 
-def make_app(api: AgentApi, allowed_uids: Collection[int], checks: Sequence[HealthCheck]) -> web.Application:
-    app = web.Application(middlewares=[edge_middleware, authenticated(peer_authenticator(allowed_uids))])
+def make_app(
+    api: AgentApi, allowed_uids: Collection[int], checks: Sequence[HealthCheck], metrics: AgentMetrics
+) -> web.Application:
+    app = web.Application(
+        middlewares=[metrics.middleware(), edge_middleware, authenticated(peer_authenticator(allowed_uids))]
+    )
     app.add_routes(api.routes())
     app.add_routes(health_routes("agent", checks))
+    app.add_routes([metrics_route(metrics, local=True)])
     return app
 
 

@@ -20,6 +20,7 @@ from storage_proxy.web import HealthCheck, Listener, Server
 
 from .api import AgentApi, DriverStatus, driver_status, make_app
 from .attachments import Attachments
+from .cgroups import Cgroups
 from .config import AgentConfig
 from .containers import Binds
 from .containers.backendai import lead_process_group, volume_roots
@@ -35,13 +36,16 @@ from .journal import Journal
 from .kernel import make_undumpable
 from .kernel.abandon import off_loop
 from .layout import Layout
+from .metrics import AgentMetrics, make_metrics_app
 from .mounter import Mounter
 from .probe import Prober
 from .reconcile import Reconciler
+from .resources import Resources
 from .status import StatusPublisher
 from .strays import Strays
 from .supervisor import trim_output
 from .takeover import Takeover
+from .watch import Watchdog
 
 log = logs.get_logger(__name__)
 
@@ -94,8 +98,16 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
         journal = await Journal.open(state / "journal.sqlite")
         stack.push_async_callback(journal.close)
         prober = await stack.enter_async_context(Prober())
+        cgroups = Cgroups(section.id, section.mount_memory_limit)
+        stack.push_async_callback(cgroups.close)
         mounter = Mounter(
-            layout, drivers, prober, scratch, deadline=section.mount_deadline, ca_file=config.driver.s3fs.ca_file
+            layout,
+            drivers,
+            prober,
+            scratch,
+            deadline=section.mount_deadline,
+            ca_file=config.driver.s3fs.ca_file,
+            cgroups=cgroups,
         )
         binds = Binds(layout)
         strays = Strays(layout, drivers, scratch)
@@ -161,8 +173,23 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
         )
         if found.detail:
             attachments.tell(EventKind.RECONCILED, **found.detail)
+        resources = Resources(attachments.mounts)
+        watchdog = Watchdog(
+            attachments,
+            mounter,
+            prober,
+            layout.fusectl,
+            interval=section.watch_interval,
+            hang_deadline=section.hang_deadline,
+            s3_check_interval=section.s3_check_interval,
+        )
+        metrics = AgentMetrics(
+            section.id, attachments, resources, cgroups, watchdog, publisher, max_mounts=section.max_mounts
+        )
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(_trim(layout), name="trim logs")]
+            background.append(tasks.create_task(watchdog.run(), name="watchdog"))
+            background.append(tasks.create_task(resources.run(), name="resources"))
             background.append(tasks.create_task(reconciler.run(), name="reconcile"))
             if publisher is not None:
                 background.append(tasks.create_task(publisher.run(), name="status"))
@@ -181,12 +208,16 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
             checks = _health_checks(journal, drivers, attachments, publisher)
             uids = {*section.allowed_uids, os.geteuid()}
             try:
-                app = make_app(api, uids, checks)
+                app = make_app(api, uids, checks, metrics)
                 listeners = [Listener(app, "agent API", socket=_socket_place(section.api_socket))]
                 if config.volume_plugin is not None and volumes is not None:
                     plugin = make_plugin_app(volumes, {*config.volume_plugin.allowed_uids, os.geteuid()})
                     place = _socket_place(config.volume_plugin.socket)
                     listeners.append(Listener(plugin, "volume plugin", socket=place))
+                if section.metrics_port is not None:
+                    listeners.append(
+                        Listener(make_metrics_app(metrics, checks), "metrics", "127.0.0.1", section.metrics_port)
+                    )
                 yield Agent(attachments, Server(listeners))
             finally:
                 for task in background:
