@@ -2,6 +2,9 @@
 
 Redaction is the last step before rendering and does not trust the callers: `Secret` values cannot print anyway; values
 under a name that sounds secret are masked, and so are credentials inside URLs and query strings of any text.
+
+Only a program of ours calls `configure`. In somebody else's program our loggers are ordinary ones of `logging`, by the
+name of their module, with one line of text per event, redacted as well.
 """
 
 from __future__ import annotations
@@ -77,13 +80,9 @@ def configure(*, component: str, level: str = "info", json: bool | None = None, 
     """Sets up structlog and the standard `logging` module to write the same lines to `stream` (standard error)."""
     out = stream or sys.stderr
     as_json = json if json is not None else not out.isatty()
-    shared: list[Any] = [  # Any: structlog's own processor type is not exported in a usable form
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        _add_request_id,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
+    global _configured
+    _configured = True
+    shared = _SHARED
     # Tracebacks become text before redaction sees the event, so a secret inside an exception is masked as well.
     final: list[Any] = [structlog.processors.format_exc_info, _redact_event]
     renderer: Any = (
@@ -120,5 +119,37 @@ def configure(*, component: str, level: str = "info", json: bool | None = None, 
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
-    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
+    """Does not look at structlog's own configuration, which may be somebody else's."""
+    logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
+        logging.getLogger(name),
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *_SHARED,
+            structlog.stdlib.PositionalArgumentsFormatter(),
+            _hand_over,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
     return logger
+
+
+def _hand_over(logger: Any, method: str, event: MutableMapping[str, Any]) -> Any:  # Any: structlog's own signature
+    """To the formatter that `configure` installed; without it as text, level and time being left to `logging`."""
+    if _configured:
+        return structlog.stdlib.ProcessorFormatter.wrap_for_formatter(logger, method, event)
+    plain = _redact_event(logger, method, structlog.processors.format_exc_info(logger, method, event))
+    for name in ("level", "logger", "timestamp"):
+        plain.pop(name, None)
+    trace = plain.pop("exception", None)
+    text = " ".join([str(plain.pop("event", "")), *(f"{name}={value!s}" for name, value in plain.items())])
+    return text if trace is None else f"{text}\n{trace}"
+
+
+_configured = False
+_SHARED: list[Any] = [  # Any: structlog's own processor type is not exported in a usable form
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.add_log_level,
+    structlog.stdlib.add_logger_name,
+    _add_request_id,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+]

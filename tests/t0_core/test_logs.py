@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -58,3 +60,29 @@ def test_lines_carry_the_request_id(stream: io.StringIO) -> None:
     assert given == "abcdef-123456"
     assert len(made) == 32
     assert json.loads(stream.getvalue())["request_id"] == "abcdef-123456"
+
+
+_ELSEWHERE = f"""
+import logging, sys
+logging.basicConfig(stream=sys.stdout, level="INFO", format="%(levelname)s %(name)s %(message)s")
+from storage_proxy.core import logs
+log = logs.get_logger("a.b")
+log.debug("not wanted")
+log.info("100% mounted", key="k", secret_key="{VALUE}", url="http://h/?token={VALUE}")
+log.warning("%s is not %s", "this", "formatted")
+try:
+    raise RuntimeError("password={VALUE}")
+except RuntimeError:
+    log.exception("failed", place="here")
+"""
+
+
+def test_in_another_program_they_are_ordinary_log_lines() -> None:
+    result = subprocess.run([sys.executable, "-c", _ELSEWHERE], capture_output=True, text=True, timeout=60, check=True)
+    lines = result.stdout.splitlines()
+    assert result.stderr == ""
+    assert lines[0] == "INFO a.b 100% mounted key=k secret_key=********** url=http://h/?token=**********"
+    assert lines[1] == "WARNING a.b this is not formatted"
+    assert lines[2] == "ERROR a.b failed place=here"
+    assert lines[-1] == "RuntimeError: password=**********"
+    assert VALUE not in result.stdout
