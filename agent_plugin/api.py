@@ -24,9 +24,10 @@ from storage_proxy.client.agent import (
     GcRequest,
     MountInfo,
     MountsAnswer,
+    RenewAnswer,
 )
 from storage_proxy.core.errors import InvalidIdentifier
-from storage_proxy.core.ids import parse_session_id
+from storage_proxy.core.ids import SessionID, parse_session_id
 from storage_proxy.core.wire import Ownership, Wire
 from storage_proxy.web import (
     HealthCheck,
@@ -43,6 +44,7 @@ from .drivers import DriverInfo
 from .journal import AttachmentRecord, MountRecord
 from .metrics import AgentMetrics, metrics_route
 from .peers import LOCAL, peer_authenticator
+from .renewal import Renewals
 
 _HEX = frozenset("0123456789abcdef")
 
@@ -75,6 +77,7 @@ class MountDetail(MountInfo):
     endpoint: str
     ownership: Ownership
     credential_id: str = Field(description="Name of the credential, not the credential.")
+    credential_expires_at: datetime | None = None
 
 
 class AgentApi:
@@ -86,6 +89,7 @@ class AgentApi:
         agent_id: str,
         public_key: str,
         attachments: Attachments,
+        renewals: Renewals,
         max_mounts: int,
         pid: int,
         drivers: Callable[[], Sequence[DriverStatus]],
@@ -93,6 +97,7 @@ class AgentApi:
     ) -> None:
         self._identity = AgentIdentity(agent_id=agent_id, public_key=public_key)
         self._attachments = attachments
+        self._renewals = renewals
         self._max_mounts = max_mounts
         self._pid = pid
         self._drivers = drivers
@@ -106,6 +111,7 @@ class AgentApi:
             web.post("/v1/attachments", self.attach),
             web.get("/v1/attachments", self.list_attachments),
             web.delete("/v1/attachments/{session}/{folder}", self.detach),
+            web.post("/v1/attachments/{session}/{folder}/renew", self.renew),
             web.delete("/v1/sessions/{session}", self.detach_session),
             web.get("/v1/mounts", self.list_mounts),
             web.post("/v1/mounts/gc", self.collect),
@@ -118,7 +124,8 @@ class AgentApi:
         for record, _items in mounts:
             by_state[record.state.value] = by_state.get(record.state.value, 0) + 1
         drivers = list(self._drivers())
-        warnings = self._attachments.warnings() + [driver.error for driver in drivers if driver.error]
+        warnings = self._attachments.warnings() + self._renewals.warnings()
+        warnings += [driver.error for driver in drivers if driver.error]
         return json_answer(
             NodeStatus(
                 agent_id=self._identity.agent_id,
@@ -171,11 +178,16 @@ class AgentApi:
 
     @require(LOCAL)
     async def detach(self, request: web.Request) -> web.Response:
-        session = parse_session_id(request.match_info["session"])
-        folder = request.match_info["folder"].lower()
-        if len(folder) != 32 or not _HEX.issuperset(folder):
-            raise InvalidIdentifier("The folder is not named by 32 hex digits.", hint="Take the part after the slash.")
+        session, folder = _named(request)
         return json_answer(DetachAnswer(detached=await self._attachments.detach(session, folder)))
+
+    @require(LOCAL)
+    async def renew(self, request: web.Request) -> web.Response:
+        session, folder = _named(request)
+        body = await read_json(request, AttachRequest)
+        record = await self._renewals.push(session, folder, body.grant)
+        ends = None if record.credential_expires is None else _time(record.credential_expires)
+        return json_answer(RenewAnswer(mount_key=record.key, credential_expires_at=ends))
 
     @require(LOCAL)
     async def list_mounts(self, _: web.Request) -> web.Response:
@@ -187,6 +199,14 @@ class AgentApi:
     async def collect(self, request: web.Request) -> web.Response:
         body = await read_json(request, GcRequest)
         return json_answer(GcAnswer(drained=await self._attachments.collect(body.grace)))
+
+
+def _named(request: web.Request) -> tuple[SessionID, str]:
+    """Session and folder of an attachment, from the address."""
+    folder = request.match_info["folder"].lower()
+    if len(folder) != 32 or not _HEX.issuperset(folder):
+        raise InvalidIdentifier("The folder is not named by 32 hex digits.", hint="Take the part after the slash.")
+    return parse_session_id(request.match_info["session"]), folder
 
 
 def make_app(
@@ -218,6 +238,7 @@ def _detail(record: MountRecord, items: Sequence[AttachmentRecord]) -> MountDeta
         endpoint=plan.location.endpoint,
         ownership=plan.ownership,
         credential_id=plan.credential_id,
+        credential_expires_at=None if record.credential_expires is None else _time(record.credential_expires),
     )
 
 

@@ -152,7 +152,8 @@ class GrantsSection(ConfigModel):
 
 
 class ManagerSection(ConfigModel):
-    """Optional: the manager extension, where the agent registers its public key at start."""
+    """Optional: the manager extension. The agent registers its public key there and asks for fresh grants, when the
+    credential of a mount ends soon."""
 
     url: str = Field(description="Base URL of the manager extension.", examples=["http://127.0.0.1:6024"])
     token_file: AbsolutePath = Field(
@@ -412,7 +413,7 @@ class AgentConfig(ConfigModel):
         default=None, description="Without it no grants are taken, and only what this file itself allows is mounted."
     )
     manager: ManagerSection | None = Field(
-        default=None, description="Optional: register the public key of this agent at the manager extension."
+        default=None, description="Optional: where to register the public key and to ask for fresh grants."
     )
     redis: RedisSection | None = Field(default=None, description="Optional: publish the state of mounts.")
     volume_plugin: VolumePluginSection | None = Field(

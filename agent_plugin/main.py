@@ -40,6 +40,7 @@ from .metrics import AgentMetrics, make_metrics_app
 from .mounter import Mounter
 from .probe import Prober
 from .reconcile import Reconciler
+from .renewal import ManagerGrants, Renewals
 from .resources import Resources
 from .status import StatusPublisher
 from .strays import Strays
@@ -186,6 +187,8 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
         metrics = AgentMetrics(
             section.id, attachments, resources, cgroups, watchdog, publisher, max_mounts=section.max_mounts
         )
+        grants = ManagerGrants(config.manager.url, config.manager.token_file) if config.manager else None
+        renewals = Renewals(attachments, mounter, verifier, grants)
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(_trim(layout), name="trim logs")]
             background.append(tasks.create_task(watchdog.run(), name="watchdog"))
@@ -193,6 +196,7 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
             background.append(tasks.create_task(reconciler.run(), name="reconcile"))
             if publisher is not None:
                 background.append(tasks.create_task(publisher.run(), name="status"))
+            background.append(tasks.create_task(renewals.run(), name="renewals"))
             if config.manager is not None and token is not None:
                 work = _register(config.manager.url, token, section.id, sealing_key.public)
                 background.append(tasks.create_task(work, name="register"))
@@ -200,6 +204,7 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
                 agent_id=section.id,
                 public_key=sealing_key.public,
                 attachments=attachments,
+                renewals=renewals,
                 max_mounts=section.max_mounts,
                 pid=os.getpid(),
                 drivers=lambda: _driver_states(drivers),

@@ -48,6 +48,13 @@ class AttachmentsAnswer(Wire):
     attachments: list[AttachmentInfo]
 
 
+class RenewAnswer(Wire):
+    """The mount that has a fresh credential now; `credential_expires_at` is None if that one does not end."""
+
+    mount_key: str
+    credential_expires_at: datetime | None = None
+
+
 class DetachAnswer(Wire):
     detached: int = 0
 
@@ -104,6 +111,15 @@ class AgentClient(HttpService):
     async def attach(self, grant: str, *, timeout: float | None = None) -> BindSpec:
         """Mounts (or shares) what the grant permits; idempotent for the same session, folder and mount key."""
         return await self.post("/v1/attachments", BindSpec, body={"grant": grant}, timeout=timeout, idempotent=True)
+
+    async def renew(self, session_id: str, vfid: str, grant: str, *, timeout: float | None = None) -> RenewAnswer:
+        """Gives the mount of an attachment the credential of a fresh grant, without a gap for whoever opens files.
+
+        Where the agent has a manager extension it does that by itself. Raises `NotFound` if there is no such attachment
+        and `Conflict` if the grant is for another mount.
+        """
+        path = f"/v1/attachments/{segment(session_id)}/{VFolderID.parse(vfid).hex}/renew"
+        return await self.post(path, RenewAnswer, body={"grant": grant}, timeout=timeout)
 
     async def attachments(self) -> list[AttachmentInfo]:
         return self.parse(
