@@ -142,7 +142,8 @@ def _hand_over(logger: Any, method: str, event: MutableMapping[str, Any]) -> Any
         plain.pop(name, None)
     trace = plain.pop("exception", None)
     text = " ".join([str(plain.pop("event", "")), *(f"{name}={value!s}" for name, value in plain.items())])
-    return text if trace is None else f"{text}\n{trace}"
+    # Else `logging` would add the traceback of `exception` itself, unredacted.
+    return (text if trace is None else f"{text}\n{trace}",), {"exc_info": False}
 
 
 _configured = False
