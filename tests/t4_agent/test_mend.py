@@ -12,12 +12,11 @@ import pytest
 
 from agent_plugin.containers.mend import mend
 from agent_plugin.kernel import (
+    MountFlag,
     Propagation,
-    clone_tree,
     entries_below,
     fusectl,
     mount,
-    move_mount,
     set_propagation,
     top_at,
     unmount,
@@ -130,8 +129,7 @@ async def test_what_was_mended_follows_by_itself(folders: Folders, podman: Podma
     await mend({folders.crash(first)}, second)
     device = folders.crash(second)
     third = await folders.mount()
-    tree = clone_tree(third)
-    move_mount(tree, second)
+    mount(str(third), second, flags=MountFlag.BIND)
     assert await podman.execute(name, READ) == HELLO
     assert await mend({device}, second) == [], "propagation was there first"
 
@@ -140,7 +138,7 @@ async def test_a_container_with_rslave_is_left_alone(folders: Folders, podman: P
     old = await folders.mount()
     name = await podman.start(options=(bound(old, propagation="rslave"),))
     device = folders.crash(old)
-    move_mount(clone_tree(await folders.mount()), old)
+    mount(str(await folders.mount()), old, flags=MountFlag.BIND)
     assert await podman.execute(name, READ) == HELLO
     assert await mend({device}, old) == []
 

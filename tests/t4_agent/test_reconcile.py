@@ -15,7 +15,7 @@ import pytest
 
 from agent_plugin.attachments import Attachments
 from agent_plugin.events import Event, EventKind
-from agent_plugin.kernel import clone_tree, entries_at, mount, move_mount, top_at, unmount
+from agent_plugin.kernel import MountFlag, entries_at, mount, top_at, unmount
 from agent_plugin.kernel.tablewatch import TableWatch
 from storage_proxy.client.agent import AgentClient
 from storage_proxy.core.ids import MountKey
@@ -176,7 +176,7 @@ async def test_mounts_of_nobody_are_removed(node: Node, folder: str) -> None:
         places = [node.runtime / "pool" / "stranger", node.runtime / "ses" / "gone" / "folder"]
         for place in places:
             place.mkdir(parents=True)
-            move_mount(clone_tree(Path(spec.source)), place)
+            mount(spec.source, place, flags=MountFlag.BIND)
         await told.of("mount")
         await until(lambda: not any(place.exists() for place in places), "they are removed")
         assert reads(spec)
