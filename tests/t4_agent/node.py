@@ -221,22 +221,33 @@ def _files(place: Path) -> list[Path]:
 class AgentProcess:
     """`mooring agent serve` as a process of its own, to be killed."""
 
-    def __init__(self, node: Node, **settings: Any) -> None:
+    def __init__(self, node: Node, program: str = "storage_proxy agent serve", **settings: Any) -> None:
         self._node = node
+        self._program = program.split()
         self._config = node.place / "agent.toml"
         self._config.write_text(_toml(node.config(**settings)))
         self.log = node.place / "agent.log"
         self._process: asyncio.subprocess.Process | None = None
 
     @property
+    def config(self) -> Path:
+        return self._config
+
+    @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
 
+    async def wait(self, seconds: float = 30.0) -> int:
+        """Until it has ended; its exit status."""
+        assert self._process is not None
+        async with asyncio.timeout(seconds):
+            return await self._process.wait()
+
     async def start(self) -> AgentClient:
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "storage_proxy", "agent", "serve", "--config", str(self._config)),
+                *(sys.executable, "-m", *self._program, "--config", str(self._config)),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
