@@ -53,8 +53,8 @@ class Backend(Protocol):
         """How many processes of the group the kernel has killed at its limit."""
         ...
 
-    def leave(self, token: str) -> bool:
-        """Removes the group. False if something still runs in it."""
+    def leave(self, token: str, patience: float) -> bool:
+        """Removes the group. False if after `patience` seconds something still runs in it."""
         ...
 
     def tokens(self) -> list[str]:
@@ -126,7 +126,9 @@ class Cgroups:
             return
         self.reason(token)
         try:
-            if not await off_loop("the removal of a control group", _SECONDS, lambda: backend.leave(token)):
+            if not await off_loop(
+                "the removal of a control group", _SECONDS, lambda: backend.leave(token, _LEAVE_SECONDS)
+            ):
                 log.info("a control group still has processes", token=token)
         except (OSError, MooringError) as err:
             log.info("a control group was not removed", token=token, error=str(err))
@@ -139,7 +141,7 @@ class Cgroups:
         known = frozenset(tokens)
 
         def work() -> int:
-            return sum(backend.leave(token) for token in backend.tokens() if token not in known)
+            return sum(backend.leave(token, 0.0) for token in backend.tokens() if token not in known)
 
         try:
             return await off_loop("the removal of old control groups", _SECONDS, work)
@@ -266,6 +268,12 @@ class Directories:
                 raise
 
     def enter(self, pid: int, token: str, limit: int | None) -> None:
+        try:
+            self._enter(pid, token, limit)
+        except FileNotFoundError:
+            self._enter(pid, token, limit)  # somebody swept it away while it was still empty
+
+    def _enter(self, pid: int, token: str, limit: int | None) -> None:
         self.prepare()
         group = self.base / token
         group.mkdir(mode=0o755, exist_ok=True)
@@ -287,9 +295,9 @@ class Directories:
         name = "memory.events" if self._version == 2 else "memory.oom_control"
         return _counter((self.base / token / name).read_text(), "oom_kill")
 
-    def leave(self, token: str) -> bool:
+    def leave(self, token: str, patience: float) -> bool:
         group = self.base / token
-        end = time.monotonic() + _LEAVE_SECONDS
+        end = time.monotonic() + patience
         while True:
             try:
                 group.rmdir()
@@ -298,14 +306,16 @@ class Directories:
             except OSError as err:
                 if err.errno != errno.EBUSY:
                     raise
-                if time.monotonic() > end:
+                if time.monotonic() >= end:
                     return False
                 time.sleep(_PAUSE_SECONDS)  # a process leaves its group a moment after its end is known
             else:
                 return True
 
     def tokens(self) -> list[str]:
-        return [place.name for place in self.base.iterdir() if place.is_dir()]
+        with contextlib.suppress(FileNotFoundError):
+            return [place.name for place in self.base.iterdir() if place.is_dir()]
+        return []
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -354,7 +364,7 @@ class SystemdScopes:
         except OSError:
             return max(0, self._killed - before)
 
-    def leave(self, token: str) -> bool:
+    def leave(self, token: str, patience: float) -> bool:
         return not self._place(token).is_dir()  # the scope ends with its process, by itself
 
     def tokens(self) -> list[str]:
