@@ -138,6 +138,7 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
         else:
             found = await takeover.adopt(attachments, mounter, binds)
         found.tell()
+        await cgroups.sweep(attachments.tokens())
         volumes = None
         if config.volume_plugin is not None:
             book = await VolumeBook.open(state / "volumes.json")
