@@ -132,11 +132,14 @@ class Reconciler:
             await asyncio.sleep(self._interval)
 
     async def _at_changes(self) -> None:
+        pause = _SETTLE_SECONDS
         with TableWatch() as watch:
             while True:
                 await watch.changed()
-                await asyncio.sleep(_SETTLE_SECONDS)
-                await self._compare({"mounts": self._compare_places})
+                await asyncio.sleep(pause)
+                report = await self._compare({"mounts": self._compare_places})
+                # Somebody who mounts over us again and again must not make us stack as fast as we can.
+                pause = min(pause * 2, self._interval) if report.counts else _SETTLE_SECONDS
 
     async def compare(self) -> Report:
         """One comparison of everything. Raises nothing: what failed is logged and tried again the next time."""

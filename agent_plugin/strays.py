@@ -71,8 +71,8 @@ class Known:
 
     def has(self, stray: Stray) -> bool:
         """True if it turns out to be known: it was looked for a moment ago."""
-        name = stray.place.name
-        return name in self.tokens or name in self.keys or stray.place in self.binds
+        name, place = stray.place.name, stray.place
+        return name in self.tokens or name in self.keys or any(place in (bind, bind.parent) for bind in self.binds)
 
 
 class Strays:

@@ -20,6 +20,7 @@ from storage_proxy.core.logs import get_logger, redact_text
 from storage_proxy.core.secrets import MASK, Secret
 
 from .drivers.port import Launch
+from .kernel.namespaces import start_time
 
 log = get_logger(__name__)
 
@@ -38,13 +39,8 @@ class ProcessID:
     @classmethod
     def of(cls, pid: int) -> ProcessID | None:
         """None if no such process runs (a zombie counts as ended)."""
-        try:
-            text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return None
-        # The name in parentheses may itself hold spaces and parentheses.
-        fields = text.rpartition(")")[2].split()
-        return None if fields[0] in ("Z", "X") else cls(pid, int(fields[19]))
+        started = start_time(pid)
+        return None if started is None else cls(pid, started)
 
     @property
     def runs(self) -> bool:
