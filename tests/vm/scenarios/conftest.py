@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -10,6 +11,7 @@ import pytest_asyncio
 
 from storage_proxy.s3 import Endpoint
 from tests.conftest import S3Server
+from tests.t4_agent.podman import Podman, podman_trouble
 
 from . import server
 from .host import ABILITIES, PLACE, Host, HostNode, running_host
@@ -38,13 +40,27 @@ def s3_server() -> Iterator[S3Server]:
             runner.run(weed.stop())
 
 
+@pytest.fixture(scope="session")
+def podman() -> Iterator[Podman]:
+    """One for all: each of its commands takes seconds on an emulated machine."""
+    place = PLACE / "podman"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(mode=0o700, parents=True)
+    with asyncio.Runner() as runner:
+        made = Podman(place)
+        trouble = runner.run(podman_trouble(made))
+        assert trouble is None, trouble
+        yield made
+        runner.run(made("rm", "--all", "--force", "--time", "0"))
+
+
 @pytest.fixture
 def node(s3_server: S3Server) -> HostNode:
     return HostNode(s3_server.endpoint.url, s3_server.admin, PLACE / "node")
 
 
 @pytest_asyncio.fixture
-async def host(request: pytest.FixtureRequest, node: HostNode) -> AsyncIterator[Host]:
+async def host(request: pytest.FixtureRequest, node: HostNode, podman: Podman) -> AsyncIterator[Host]:
     settings = {name: value for mark in request.node.iter_markers("agent") for name, value in mark.kwargs.items()}
-    async with running_host(node, server.BUCKET, **settings) as made:
+    async with running_host(node, podman, server.BUCKET, **settings) as made:
         yield made

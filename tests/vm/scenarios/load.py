@@ -7,6 +7,8 @@ import itertools
 import json
 import os
 
+from tests.t4_agent.podman import Podman
+
 from . import server
 from .host import PLACE, Host, HostNode, running_host
 
@@ -17,7 +19,9 @@ ACKNOWLEDGED = PLACE / "acknowledged.jsonl"
 async def main() -> None:
     weed = await server.start()
     node = HostNode(weed.endpoint_url, server.admin(), PLACE / "node")
-    async with running_host(node, server.BUCKET) as host:
+    place = PLACE / "load"
+    place.mkdir()
+    async with running_host(node, Podman(place), server.BUCKET) as host:
         await host.reader(await host.attach())
         with ACKNOWLEDGED.open("w") as log:
             for number in itertools.count():

@@ -20,7 +20,7 @@ async def test_kill_three_times(host: Host) -> None:
         os.kill(pid, signal.SIGKILL)
         await until(lambda gone=pid: host.node.processes() not in ([], [gone]), "another mount process runs")
         await reader.reads_well()
-    await reader.is_the_same()
+    assert reader.is_the_same()
     good, failed = reader.counts()
     print(f"3 kills: {good} good reads, {failed} failed")
     code, output = await host.podman.execute(
@@ -36,7 +36,7 @@ async def test_two_containers_on_one_mount(host: Host) -> None:
     os.kill(pid, signal.SIGKILL)
     for reader in readers:
         await reader.reads_well()
-        await reader.is_the_same()
+        assert reader.is_the_same()
 
 
 async def test_a_container_without_propagation(host: Host) -> None:
@@ -46,4 +46,4 @@ async def test_a_container_without_propagation(host: Host) -> None:
     (pid,) = host.node.processes()
     os.kill(pid, signal.SIGKILL)
     await reader.reads_well()
-    await reader.is_the_same()
+    assert reader.is_the_same()

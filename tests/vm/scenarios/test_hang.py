@@ -19,7 +19,7 @@ async def test_stopped_under_a_reader(host: Host) -> None:
     os.kill(pid, signal.SIGSTOP)
     await until(lambda: pid not in host.node.processes(), "the one that hangs is gone", 120)
     await reader.reads_well()
-    await reader.is_the_same()
+    assert reader.is_the_same()
     assert len(host.node.processes()) == 1
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from storage_proxy.core.errors import TokenInvalid
 from tests.conftest import S3Server
+from tests.t4_agent.podman import Podman
 
 from .host import PLACE, AgentUnit, HostNode, command, make_service, running_host, until, wipe
 from .load import ACKNOWLEDGED
@@ -50,7 +51,7 @@ async def test_before() -> None:
     await until(busy, "twenty attaches", 120)
 
 
-async def test_after(s3_server: S3Server) -> None:
+async def test_after(s3_server: S3Server, podman: Podman) -> None:
     node = HostNode(s3_server.endpoint.url, s3_server.admin, PLACE / "node")
     used = acknowledged()
     assert len(used) >= 20
@@ -75,9 +76,9 @@ async def test_after(s3_server: S3Server) -> None:
     await _is_whole(node)
     wipe(node)
     again = HostNode(s3_server.endpoint.url, s3_server.admin, PLACE / "node")
-    async with running_host(again, BUCKET) as host:
+    async with running_host(again, podman, BUCKET) as host:
         reader = await host.reader(await host.attach())
-        await reader.is_the_same()
+        assert reader.is_the_same()
 
 
 async def _is_whole(node: HostNode) -> None:

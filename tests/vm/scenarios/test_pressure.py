@@ -51,7 +51,7 @@ async def test_a_hundred_sessions_share_one_mount(host: Host) -> None:
     await until(lambda: host.node.processes() not in ([], [pid]), "another mount process runs")
     readers = [await host.reader(spec) for spec in (specs[0], specs[-1])]
     for reader in readers:
-        await reader.is_the_same()
+        assert reader.is_the_same()
     await asyncio.gather(*(host.agent.detach_session(spec.session_id) for spec in specs))
 
 
@@ -67,7 +67,7 @@ async def test_a_mount_process_beyond_its_memory_is_replaced(host: Host) -> None
     limit.write_text("1M")  # less than it holds: the kernel ends it
     await until(lambda: host.node.processes() not in ([], [pid]), "another mount process runs")
     await reader.reads_well()
-    await reader.is_the_same()
+    assert reader.is_the_same()
     (other,) = host.node.processes()
     assert (group_of(other) / "memory.max").read_text().strip() == str(256 * 1024**2)
 

@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from agent_plugin.kernel import Propagation, set_propagation, top_at
+from tests.t4_agent.podman import Podman
 
 from .host import Host, HostNode, command, running_host
 from .server import BUCKET
@@ -19,14 +20,14 @@ pytestmark = [pytest.mark.asyncio, pytest.mark.expects_log("mount process ended"
 
 
 @pytest_asyncio.fixture(params=["shared", "private"])
-async def foreign(request: pytest.FixtureRequest, node: HostNode) -> AsyncIterator[Host]:
+async def foreign(request: pytest.FixtureRequest, node: HostNode, podman: Podman) -> AsyncIterator[Host]:
     """An agent on a host whose every mount has this propagation."""
     root = top_at("/")
     assert root is not None
     usual = "shared" if root.is_shared else "private"
     await _make(request.param)
     try:
-        async with running_host(node, BUCKET) as host:
+        async with running_host(node, podman, BUCKET) as host:
             yield host
     finally:
         await _make(usual)
@@ -52,7 +53,7 @@ async def test_repairs_reach_the_container(foreign: Host) -> None:
     (pid,) = foreign.node.processes()
     os.kill(pid, signal.SIGKILL)
     await reader.reads_well()
-    await reader.is_the_same()
+    assert reader.is_the_same()
 
 
 async def test_a_base_that_somebody_made_private(host: Host) -> None:

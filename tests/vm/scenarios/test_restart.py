@@ -25,7 +25,7 @@ async def test_restart_under_load(host: Host) -> None:
         await host.restart()
         await reader.reads_well()
     assert host.node.processes() == mounts, "the mount process lives on"
-    await reader.is_the_same()
+    assert reader.is_the_same()
     good, failed = reader.counts()
     print(f"2 restarts: {good} good reads, {failed} failed")
     assert failed == 0
@@ -74,7 +74,7 @@ async def test_upgrade_under_load(host: Host, tmp_path: Path) -> None:
     assert (await host.agent.status()).version == "9.9.9"
     await reader.reads_well()
     assert host.node.processes() == mounts, "the mount process lives on"
-    await reader.is_the_same()
+    assert reader.is_the_same()
     good, failed = reader.counts()
     print(f"upgrade: {good} good reads, {failed} failed")
     assert failed == 0
