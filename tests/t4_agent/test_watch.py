@@ -81,6 +81,7 @@ async def told_how(node: Node, folder: str, **settings: object) -> AsyncIterator
 # --- processes that hang ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.semantics(15)
 @NOT_SERVING
 @GIVEN_UP
 @pytest.mark.semantics(2)
@@ -413,6 +414,7 @@ async def test_a_server_that_was_away_is_found_again(node: Node, s3_server: S3Se
         assert mount_pid(node) == pid
 
 
+@pytest.mark.semantics(18)
 async def test_a_revoked_key_is_named(node: Node, folder: str, s3_server: S3Server) -> None:
     async with ScopedIssuer(s3_server.endpoint, s3_server.admin) as issuer:
         made = await issuer.issue(BucketRef(folder, "data/"), AccessMode.READ_WRITE, timedelta(hours=1), "t4")
