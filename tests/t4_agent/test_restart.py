@@ -101,6 +101,7 @@ async def test_a_recorded_pid_that_is_another_process_now_is_left_alone(
     await innocent.wait()
 
 
+@pytest.mark.semantics(16)
 async def test_living_mounts_are_taken_over(node: Node, folder: str, lasting: AgentProcess) -> None:
     session = new_session()
     request = node.request(folder, "data")
