@@ -124,6 +124,7 @@ async def test_one_node_with_its_attachments(proxy: ProxyClient, server: RedisSe
         ]
 
 
+@pytest.mark.semantics(18)
 async def test_a_node_that_vanished_is_shown_as_away(proxy: ProxyClient, server: RedisServer) -> None:
     async with reporting(server, "node-1") as one, reporting(server, "node-2") as two:
         for node in (one, two):
