@@ -68,7 +68,7 @@ class HostNode(Node):
             "runtime-dir": str(self.runtime),
             "stop-mounts-on-exit": False,
             "grace-period": 0.0,
-            "mount-deadline": 20.0 * SLOWNESS,
+            "mount-deadline": min(120.0, 20.0 * SLOWNESS),
             "hang-deadline": 5.0 * SLOWNESS,
             "repair-pause": 2.0,
             **{key.replace("_", "-"): value for key, value in agent.items()},
