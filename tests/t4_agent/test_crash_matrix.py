@@ -241,11 +241,11 @@ async def test_killed_while_the_last_session_detaches(matrix: Matrix, step: Step
     await matrix.check()
 
 
+@pytest.mark.semantics(16)
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize(
     "step",
     [Step.MOUNT_DEAD, Step.REPAIR_BEGIN, Step.MOUNT_STARTED, Step.REPAIR_PLACE, Step.REPAIR_LIVE, Step.RETIRED_GONE],
-@pytest.mark.semantics(16)
 )
 async def test_killed_while_a_mount_is_repaired(matrix: Matrix, step: Step, moment: str) -> None:
     await matrix.die_during(step, moment, matrix.kill_mount)
