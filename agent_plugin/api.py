@@ -39,12 +39,13 @@ from storage_proxy.web import (
     require,
 )
 
-from .attachments import Attachments
+from .attachments import NODE, Attachments
 from .drivers import DriverInfo
 from .journal import AttachmentRecord, MountRecord
 from .metrics import AgentMetrics, metrics_route
 from .peers import LOCAL, peer_authenticator
 from .renewal import Renewals
+from .status import StatusPublisher
 
 _HEX = frozenset("0123456789abcdef")
 
@@ -59,15 +60,33 @@ class DriverStatus(Wire):
     error: str | None = None
 
 
+class RedisStatus(Wire):
+    """Whether this node is reported to Redis, when that last got through, and what is wrong now."""
+
+    configured: bool
+    told_at: datetime | None = None
+    error: str | None = None
+
+    @classmethod
+    def of(cls, publisher: StatusPublisher | None) -> RedisStatus:
+        if publisher is None:
+            return cls(configured=False)
+        told = publisher.last_success
+        return cls(configured=True, told_at=None if told is None else _time(told), error=publisher.last_error)
+
+
 class NodeStatus(AgentStatus):
-    """The whole status; a client may know the base only."""
+    """The whole status; a client may know the base only. `draining`: the node refuses new attachments;
+    `draining_mounts` of it do in any case."""
 
     pid: int
     uptime_seconds: float
     mounts_by_state: dict[str, int] = {}
     max_mounts: int
     drivers: list[DriverStatus] = []
-    redis_error: str | None = None
+    draining: bool = False
+    draining_mounts: int = 0
+    redis: RedisStatus
 
 
 class MountDetail(MountInfo):
@@ -81,7 +100,7 @@ class MountDetail(MountInfo):
 
 
 class AgentApi:
-    """The handlers. `drivers` looks at the drivers, `redis_error` at the publisher."""
+    """The handlers. `drivers` looks at the drivers; without a `publisher` nothing is told to Redis."""
 
     def __init__(
         self,
@@ -93,7 +112,7 @@ class AgentApi:
         max_mounts: int,
         pid: int,
         drivers: Callable[[], Sequence[DriverStatus]],
-        redis_error: Callable[[], str | None],
+        publisher: StatusPublisher | None,
     ) -> None:
         self._identity = AgentIdentity(agent_id=agent_id, public_key=public_key)
         self._attachments = attachments
@@ -101,7 +120,7 @@ class AgentApi:
         self._max_mounts = max_mounts
         self._pid = pid
         self._drivers = drivers
-        self._redis_error = redis_error
+        self._publisher = publisher
         self._started = time.monotonic()
 
     def routes(self) -> list[web.RouteDef]:
@@ -139,7 +158,9 @@ class AgentApi:
                 mounts_by_state=by_state,
                 max_mounts=self._max_mounts,
                 drivers=drivers,
-                redis_error=self._redis_error(),
+                draining=self._attachments.draining,
+                draining_mounts=len(self._attachments.drains - {NODE}),
+                redis=RedisStatus.of(self._publisher),
             )
         )
 
@@ -192,13 +213,37 @@ class AgentApi:
     @require(LOCAL)
     async def list_mounts(self, _: web.Request) -> web.Response:
         return json_answer(
-            MountsAnswer(mounts=[_detail(record, items) for record, items in self._attachments.mounts()])
+            MountsAnswer(mounts=[self._detail(record, items) for record, items in self._attachments.mounts()])
         )
 
     @require(LOCAL)
     async def collect(self, request: web.Request) -> web.Response:
         body = await read_json(request, GcRequest)
         return json_answer(GcAnswer(drained=await self._attachments.collect(body.grace)))
+
+    def _detail(self, record: MountRecord, items: Sequence[AttachmentRecord]) -> MountDetail:
+        plan, entry = record.plan, self._attachments.entry(record.key)
+        return MountDetail(
+            key=record.key,
+            state=record.state,
+            since=_time(record.since),
+            driver=plan.driver,
+            pid=record.process.pid if record.process else None,
+            bucket=plan.location.bucket,
+            prefix=plan.location.prefix,
+            mode=plan.mode,
+            sessions=sorted({item.session for item in items}),
+            last_error=record.last_error,
+            trouble=entry.trouble if entry else None,
+            unresponsive=entry.unresponsive if entry else None,
+            attachments=len(items),
+            repairs=record.repairs,
+            volume=plan.volume,
+            endpoint=plan.location.endpoint,
+            ownership=plan.ownership,
+            credential_id=plan.credential_id,
+            credential_expires_at=None if record.credential_expires is None else _time(record.credential_expires),
+        )
 
 
 def _named(request: web.Request) -> tuple[SessionID, str]:
@@ -219,27 +264,6 @@ def make_app(
     app.add_routes(health_routes("agent", checks))
     app.add_routes([metrics_route(metrics, local=True)])
     return app
-
-
-def _detail(record: MountRecord, items: Sequence[AttachmentRecord]) -> MountDetail:
-    plan = record.plan
-    return MountDetail(
-        key=record.key,
-        state=record.state,
-        since=_time(record.since),
-        driver=plan.driver,
-        pid=record.process.pid if record.process else None,
-        bucket=plan.location.bucket,
-        prefix=plan.location.prefix,
-        mode=plan.mode,
-        sessions=sorted({item.session for item in items}),
-        last_error=record.last_error,
-        volume=plan.volume,
-        endpoint=plan.location.endpoint,
-        ownership=plan.ownership,
-        credential_id=plan.credential_id,
-        credential_expires_at=None if record.credential_expires is None else _time(record.credential_expires),
-    )
 
 
 def driver_status(info: DriverInfo) -> DriverStatus:

@@ -29,15 +29,18 @@ from .containers.volume_book import VolumeBook
 from .containers.volume_plugin import make_plugin_app
 from .containers.volumes import Volumes
 from .drivers import Drivers
+from .eventlog import EventLog
 from .events import EventKind
 from .grants import GrantVerifier
 from .host import check_host
+from .inspection import Inspector
 from .journal import Journal
 from .kernel import make_undumpable
 from .kernel.abandon import off_loop
 from .layout import Layout
 from .metrics import AgentMetrics, make_metrics_app
 from .mounter import Mounter
+from .operations import Operations
 from .probe import Prober
 from .reconcile import Reconciler
 from .renewal import ManagerGrants, Renewals
@@ -133,6 +136,8 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
                 mend=_mend,
             )
         )
+        events = EventLog(section.id)
+        attachments.listen(events.note)
         if section.stop_mounts_on_exit:
             stack.push_async_callback(attachments.stop_all)
         else:
@@ -160,22 +165,9 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
             )
         publisher = None
         if config.redis is not None:
-            publisher = StatusPublisher(
-                section.id, config.redis, attachments, mounts_stay=not section.stop_mounts_on_exit
-            )
-        reconciler = Reconciler(
-            layout,
-            journal,
-            attachments,
-            strays,
-            interval=section.reconcile_interval,
-            grace=section.grace_period,
-            release_after=section.release_unheld_after,
-            keeps=volumes.holds if volumes is not None else None,
-        )
-        if found.detail:
-            attachments.tell(EventKind.RECONCILED, **found.detail)
+            publisher = StatusPublisher(config.redis, attachments, events, mounts_stay=not section.stop_mounts_on_exit)
         resources = Resources(attachments.mounts)
+        attachments.listen(resources.note)
         watchdog = Watchdog(
             attachments,
             mounter,
@@ -188,13 +180,25 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
         metrics = AgentMetrics(
             section.id, attachments, resources, cgroups, watchdog, publisher, max_mounts=section.max_mounts
         )
+        reconciler = Reconciler(
+            layout,
+            journal,
+            attachments,
+            strays,
+            interval=section.reconcile_interval,
+            grace=section.grace_period,
+            release_after=section.release_unheld_after,
+            keeps=volumes.holds if volumes is not None else None,
+        )
+        if found.detail:
+            attachments.tell(EventKind.RECONCILED, **found.detail)
         grants = ManagerGrants(config.manager.url, config.manager.token_file) if config.manager else None
         renewals = Renewals(attachments, mounter, verifier, grants)
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(_trim(layout), name="trim logs")]
+            background.append(tasks.create_task(reconciler.run(), name="reconcile"))
             background.append(tasks.create_task(watchdog.run(), name="watchdog"))
             background.append(tasks.create_task(resources.run(), name="resources"))
-            background.append(tasks.create_task(reconciler.run(), name="reconcile"))
             if publisher is not None:
                 background.append(tasks.create_task(publisher.run(), name="status"))
             background.append(tasks.create_task(renewals.run(), name="renewals"))
@@ -209,12 +213,15 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
                 max_mounts=section.max_mounts,
                 pid=os.getpid(),
                 drivers=lambda: _driver_states(drivers),
-                redis_error=lambda: None if publisher is None else publisher.last_error,
+                publisher=publisher,
             )
+            operations = Operations(attachments, Inspector(attachments, layout, resources.of), events)
             checks = _health_checks(journal, drivers, attachments, publisher)
             uids = {*section.allowed_uids, os.geteuid()}
             try:
                 app = make_app(api, uids, checks, metrics)
+                app.add_routes(operations.routes())
+                app.on_shutdown.append(operations.end_streams)
                 listeners = [Listener(app, "agent API", socket=_socket_place(section.api_socket))]
                 if config.volume_plugin is not None and volumes is not None:
                     plugin = make_plugin_app(volumes, {*config.volume_plugin.allowed_uids, os.geteuid()})

@@ -1,23 +1,23 @@
 """The state of this node in Redis, for whoever looks at many nodes; `storage_proxy.core.noticeboard` names the keys.
 
 Redis is told, never asked: when it is down mounting goes on, and the next report that gets through brings everything up
-to date. What happened meanwhile is told too, in order, up to `_MAX_EVENTS`; the numbers of the events show a gap.
+to date. What happened meanwhile is told too, in order, as far as `EventLog` keeps it; the numbers show a gap.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import secrets
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import cast
 
 import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.typing import EncodableT, FieldT
 
@@ -28,14 +28,13 @@ from storage_proxy.core.noticeboard import AgentState
 
 from .attachments import Attachments
 from .config import RedisSection
-from .events import Event
+from .eventlog import EventLog, Numbered
 
 log = get_logger(__name__)
 
 _CALL_SECONDS = 2.0
 _REPORT_SECONDS = 2 * _CALL_SECONDS
 _PAUSE_SECONDS = 0.1  # between two reports, however much happens: one tells everything
-_MAX_EVENTS = 1000  # events kept while Redis is away; of older ones the state itself tells the outcome
 
 
 class StatusPublisher:
@@ -45,27 +44,19 @@ class StatusPublisher:
     """
 
     def __init__(
-        self, agent_id: str, config: RedisSection, attachments: Attachments, *, mounts_stay: bool = False
+        self, config: RedisSection, attachments: Attachments, events: EventLog, *, mounts_stay: bool = False
     ) -> None:
-        self._agent_id = agent_id
+        self._agent_id = events.agent_id
         self._config = config
         self._attachments = attachments
+        self._events = events
         self._mounts_stay = mounts_stay
-        self._boot = secrets.token_hex(4)  # tells this run of the agent from the one before
         self._started = time.time()
-        self._events: deque[tuple[int, Event]] = deque(maxlen=_MAX_EVENTS)
-        self._counted = 0
-        self._changed = asyncio.Event()
+        self._told = 0  # the number of the last event that Redis has
         self._written: set[str] = set()
         self.last_success: float | None = None
         self.last_error: str | None = None
         self.errors = 0  # reports that did not get through
-        attachments.listen(self._note)
-
-    def _note(self, event: Event) -> None:
-        self._counted += 1
-        self._events.append((self._counted, event))
-        self._changed.set()
 
     async def run(self) -> None:
         client = redis.Redis.from_url(
@@ -73,14 +64,13 @@ class StatusPublisher:
             socket_connect_timeout=_CALL_SECONDS,
             socket_timeout=_CALL_SECONDS,
             decode_responses=True,
+            retry=Retry(NoBackoff(), 0),  # the next heartbeat tries again
         )
         try:
             while True:
                 await self._try(client, self.report)
                 await asyncio.sleep(min(_PAUSE_SECONDS, self._config.heartbeat))
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._config.heartbeat):
-                        await self._changed.wait()
+                await self._events.wait(self._events.last if self.last_error else self._told, self._config.heartbeat)
         finally:
             # A stopped agent says so, which tells it from one that vanished.
             await asyncio.shield(self._try(client, self.take_leave))
@@ -105,7 +95,6 @@ class StatusPublisher:
 
     async def report(self, client: redis.Redis) -> None:
         """Everything, in one transaction, with the events since the last report."""
-        self._changed.clear()
         await self._write(client, self.snapshot(), self.index())
 
     async def take_leave(self, client: redis.Redis) -> None:
@@ -121,7 +110,7 @@ class StatusPublisher:
     async def _write(
         self, client: redis.Redis, hashes: Mapping[str, Mapping[str, object]], sets: Mapping[str, set[str]]
     ) -> None:
-        events = list(self._events)
+        events = self._events.after(self._told)
         gone = self._written - hashes.keys() - sets.keys()
         ttl, retention = int(self._config.ttl * 1000), int(self._config.retention * 1000)
         now = time.time()
@@ -139,15 +128,15 @@ class StatusPublisher:
             pipe.zadd(noticeboard.AGENTS, {self._agent_id: now})
             # Twice, so that an agent with a clock of its own does not forget the others.
             pipe.zremrangebyscore(noticeboard.AGENTS, "-inf", now - 2 * self._config.retention)
-            for number, event in events:
+            for event in events:
                 # redis-py wants the widest types for keys and values of a mapping, which is invariant.
-                entry = cast("dict[FieldT, EncodableT]", self._entry(number, event))
+                entry = cast("dict[FieldT, EncodableT]", self._entry(event))
                 pipe.xadd(noticeboard.EVENTS, entry, maxlen=noticeboard.MAX_EVENTS, approximate=True)
             if events:
                 pipe.pexpire(noticeboard.EVENTS, retention)
             await pipe.execute()
-        while events and self._events and self._events[0][0] <= events[-1][0]:
-            self._events.popleft()
+        if events:
+            self._told = events[-1].number
         self._written = {*hashes, *sets} - {self._name}
 
     def snapshot(self, state: AgentState = AgentState.RUNNING) -> dict[str, Mapping[str, object]]:
@@ -217,7 +206,7 @@ class StatusPublisher:
             "agent_id": self._agent_id,
             "version": __version__,
             "pid": os.getpid(),
-            "boot": self._boot,
+            "boot": self._events.boot,
             "started": _time(self._started),
             "state": state.value,
             "heartbeat": _time(time.time()),
@@ -226,30 +215,20 @@ class StatusPublisher:
             "stale_after": min(config.ttl, config.heartbeat + _PAUSE_SECONDS + _REPORT_SECONDS),
             "ttl": config.ttl,
             "retention": config.retention,
+            "draining": int(self._attachments.draining),
             "mounts": len(mounts),
             "attachments": sum(len(items) for _, items in mounts),
             "volumes": json.dumps(volumes),
             "warnings": json.dumps(self._attachments.warnings()),
         }
 
-    def _entry(self, number: int, event: Event) -> dict[str, str]:
+    def _entry(self, event: Numbered) -> dict[str, str]:
         """One event for the stream. `boot` and `number` name it once, also when it had to be sent twice."""
-        fields: dict[str, object] = {
-            "at": _time(event.at),
-            "agent_id": self._agent_id,
-            "boot": self._boot,
-            "number": number,
-            "kind": event.kind.value,
-            "key": event.key,
-            "volume": event.plan.volume if event.plan else None,
-            "bucket": event.plan.location.bucket if event.plan else None,
-            "prefix": event.plan.location.prefix if event.plan else None,
-            "from": event.old.value if event.old else None,
-            "to": event.new.value if event.new else None,
-            "error": event.error,
-            "detail": json.dumps(dict(event.detail), default=str) if event.detail else None,
-        }
-        return {name: str(value) for name, value in fields.items() if value is not None}
+        told = self._events.describe(event)
+        fields = told.model_dump(mode="json", exclude={"id", "detail"}, exclude_none=True)
+        if told.detail:
+            fields["detail"] = json.dumps(told.detail, default=str)
+        return {name: str(value) for name, value in fields.items()}
 
 
 def _time(seconds: float) -> str:

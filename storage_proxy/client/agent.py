@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from datetime import datetime
 from pathlib import Path
 
@@ -10,6 +12,11 @@ from pydantic import Field
 from ..core.ids import AccessMode, VFolderID
 from ..core.wire import BindSpec, MountState, Wire
 from .http import TOTAL_SECONDS, HttpService, segment
+from .mounts import DrainStatus, MountView, RepairAnswer
+from .storages import EventsLost, FeedItem, MountEvent
+
+REPAIR_SECONDS = 120.0  # the agent waits for S3 and for a process, each with its deadline
+EVENTS_IDLE_SECONDS = 30.0  # the agent says something every 10 s
 
 
 class AgentIdentity(Wire):
@@ -60,7 +67,8 @@ class DetachAnswer(Wire):
 
 
 class MountInfo(Wire):
-    """One mount of the node. `sessions` hold it; `pid` is the driver's process while it runs."""
+    """One mount of the node. `sessions` hold it; `pid` is the driver's process while it runs. `trouble`: it lives, but
+    S3 does not do what it asks; `unresponsive`: its process does not answer."""
 
     key: str
     state: MountState
@@ -71,7 +79,11 @@ class MountInfo(Wire):
     prefix: str = ""
     mode: AccessMode
     sessions: list[str] = []
+    attachments: int = 0
+    repairs: int = 0
     last_error: str | None = None
+    trouble: str | None = None
+    unresponsive: str | None = None
 
 
 class MountsAnswer(Wire):
@@ -143,6 +155,49 @@ class AgentClient(HttpService):
         """Takes down mounts that no session holds, now; returns how many."""
         content = await self.call("POST", "/v1/mounts/gc", body={"grace": grace}, timeout=timeout, idempotent=True)
         return self.parse(GcAnswer, content).drained
+
+    # --- what operators do --------------------------------------------------------------------------------------------
+
+    async def mount(self, key: str) -> MountView:
+        """Everything about one mount; `key` or its first 6 or more digits. Raises `NotFound`, `InvalidIdentifier`."""
+        return await self.get(f"/v1/mounts/{segment(key)}", MountView)
+
+    async def repair(self, key: str, *, force: bool = False, timeout: float = REPAIR_SECONDS) -> RepairAnswer:
+        """Repairs a dead or failed mount now and waits for the outcome; raises what stopped it. `force`: also one that
+        lives, whose open files then fail."""
+        body = {"force": force}
+        return await self.post(f"/v1/mounts/{segment(key)}/repair", RepairAnswer, body=body, timeout=timeout)
+
+    async def drain(self, keys: Sequence[str] | None = None, *, wait: float = 0.0) -> DrainStatus:
+        """Refuses new attachments of these mounts (None: of all) until `resume`; idempotent. Waits at most `wait`
+        seconds for the old ones to end."""
+        body = {"keys": keys and list(keys), "wait": wait}
+        return await self.post("/v1/drain", DrainStatus, body=body, timeout=wait + TOTAL_SECONDS, idempotent=True)
+
+    async def drain_status(self) -> DrainStatus:
+        return await self.get("/v1/drain", DrainStatus)
+
+    async def resume(self, keys: Sequence[str] | None = None) -> DrainStatus:
+        """Takes new attachments again; None ends every drain. Idempotent."""
+        content = await self.call("DELETE", "/v1/drain", body={"keys": keys and list(keys)})
+        return self.parse(DrainStatus, content)
+
+    async def events(self, *, since: str | None = None) -> AsyncGenerator[FeedItem, None]:
+        """What happens to the mounts of this node, as it happens; ends when the agent stops. `since` is the id of the
+        last event that is known, `0` for all that are kept. Close the generator (`contextlib.aclosing`)."""
+        query = {"since": since}
+        async with aclosing(self.lines("/v1/events", idle=EVENTS_IDLE_SECONDS, query=query)) as lines:
+            async for line in lines:
+                content = line.encode()
+                kind = self.parse(_Line, content).kind
+                if kind == "lost":
+                    yield self.parse(EventsLost, content)
+                elif kind not in ("", "heartbeat"):
+                    yield self.parse(MountEvent, content)
+
+
+class _Line(Wire):
+    kind: str = ""
 
 
 def _wrapped(content: bytes, name: str) -> bytes:

@@ -252,8 +252,6 @@ def _event(name: str, fields: Mapping[str, str]) -> MountEvent | None:
             {
                 **fields,
                 "id": name,
-                "old": fields.get("from"),
-                "new": fields.get("to"),
                 "detail": json.loads(fields.get("detail", "{}")),
             }
         )

@@ -13,6 +13,7 @@ from typing import cast
 from agent_plugin.attachments import Attachments
 from agent_plugin.config import RedisSection
 from agent_plugin.drivers import MountPlan
+from agent_plugin.eventlog import EventLog
 from agent_plugin.events import Event, EventKind
 from agent_plugin.journal import AttachmentRecord, AttachmentState, MountRecord
 from agent_plugin.status import StatusPublisher
@@ -103,7 +104,9 @@ async def reporting(
 ) -> AsyncIterator[ReportingNode]:
     told = Reported()
     config = RedisSection(url=server.url, heartbeat=heartbeat, ttl=ttl, retention=60)
-    publisher = StatusPublisher(agent_id, config, cast("Attachments", told), mounts_stay=mounts_stay)
+    log = EventLog(agent_id)
+    told.listen(log.note)
+    publisher = StatusPublisher(config, cast("Attachments", told), log, mounts_stay=mounts_stay)
     node = ReportingNode(agent_id, told, publisher, asyncio.create_task(publisher.run()))
     try:
         yield node

@@ -92,7 +92,7 @@ async def test_transitions_are_told_in_order(node: Node, folder: str, server: Re
         spec = await agent.attach(node.grant(node.request(folder, "data")))
         await agent.detach_session(spec.session_id)
     events = [fields for _, fields in await client.xrange(noticeboard.EVENTS)]
-    assert [(event["from"], event["to"]) for event in events] == [
+    assert [(event["old"], event["new"]) for event in events] == [
         ("absent", "staging"),
         ("staging", "live"),
         ("live", "absent"),
@@ -133,7 +133,7 @@ async def test_mounting_works_without_redis(node: Node, folder: str) -> None:
 
         async def told() -> bool:
             content = json.loads(await agent.call("GET", "/v1/status"))
-            return "onnect" in str(content["redis_error"])
+            return "onnect" in str(content["redis"]["error"])
 
         await until_async(told, "the status says that Redis is away")
 
@@ -149,19 +149,25 @@ async def test_it_catches_up(node: Node, folder: str, server: RedisServer) -> No
                 return await client.hget(f"mooring:mount:{AGENT_ID}:{spec.mount_key}", "state") == "live"
 
             await until_async(told, "the state arrives when Redis is back")
-            events = [fields["to"] for _, fields in await client.xrange(noticeboard.EVENTS)]
+            events = [fields["new"] for _, fields in await client.xrange(noticeboard.EVENTS)]
             assert events == ["staging", "live"], "and what happened meanwhile"
 
 
 @pytest.mark.expects_log("mount process ended")
-async def test_a_death_is_told(node: Node, folder: str, server: RedisServer, client: redis.Redis) -> None:
+async def test_a_death_and_its_repair_are_told(
+    node: Node, folder: str, server: RedisServer, client: redis.Redis
+) -> None:
     async with node.agent(redis=settings(server)) as agent:
         spec = await agent.attach(node.grant(node.request(folder, "data")))
         os.kill(node.processes()[0], 9)
-        name = f"mooring:mount:{AGENT_ID}:{spec.mount_key}"
 
-        async def dead() -> bool:
-            return await client.hget(name, "state") == MountState.DEAD.value
+        async def repaired() -> bool:
+            return any(fields["kind"] == "repaired" for _, fields in await client.xrange(noticeboard.EVENTS))
 
-        await until_async(dead, "the death is told")
-        assert "ended" in str(await client.hget(name, "last_error"))
+        await until_async(repaired, "the repair is told")
+        events = [fields for _, fields in await client.xrange(noticeboard.EVENTS)]
+        (death,) = [fields for fields in events if fields.get("new") == MountState.DEAD]
+        assert (death["key"], death["old"]) == (spec.mount_key, "live")
+        assert "ended" in death["error"]
+        assert json.loads(events[-1]["detail"])["repairs"] == 1
+        assert await client.hget(f"mooring:mount:{AGENT_ID}:{spec.mount_key}", "state") == "live"

@@ -56,14 +56,13 @@ async def events(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         )
-        await response.prepare(request)
-        await _write(response, ": events follow\n\n")
-        while not events.ended:
-            items = await events.next(HEARTBEAT_SECONDS)
-            await _write(response, "".join(map(_text, items)) or ": heartbeat\n\n")
-    with suppress(ConnectionError):
-        await response.write_eof()
-    return response
+        with suppress(ConnectionError):  # the client went away
+            await response.prepare(request)
+            await _write(response, ": events follow\n\n")
+            while not events.ended:
+                items = await events.next(HEARTBEAT_SECONDS)
+                await _write(response, "".join(map(_text, items)) or ": heartbeat\n\n")
+        return response
 
 
 def _storages(request: web.Request) -> Storages:
