@@ -226,7 +226,7 @@ class _Present(Collector):
             "mooring_agent_mount_attachments", "Attachments that use this mount.", labels=_MOUNT_LABELS
         )
         repairs = CounterMetricFamily(
-            "mooring_agent_mount_repairs", "Repairs of this mount, tried ones included.", labels=_MOUNT_LABELS
+            "mooring_agent_mount_repairs", "Repairs of this mount since it was first mounted.", labels=_MOUNT_LABELS
         )
         for record, items in self._attachments.mounts():
             labels = (record.key[:12], record.plan.volume, record.plan.driver)

@@ -1,21 +1,25 @@
 """What the mount processes cost: memory, descriptors, threads, CPU, bytes.
 
-All of it is read from /proc in a thread, every 15 s; several hundred processes take some ten milliseconds. The
-proportional set size (PSS) is dearer, because the kernel walks the whole address space for it: each process gets its
-turn once a minute. What a figure can say is said in `Usage`; what a kernel does not tell is None, never 0.
+All of it is read from /proc in a thread, every 15 s and soon after a mount appears; several hundred processes take some
+ten milliseconds. The proportional set size (PSS) is dearer, because the kernel walks the whole address space for it:
+each process gets its turn once a minute. What a figure can say is said in `Usage`; what a kernel does not tell is None,
+never 0.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from storage_proxy.core.errors import MooringError
 from storage_proxy.core.ids import MountKey
 from storage_proxy.core.logs import get_logger
+from storage_proxy.core.wire import MountState
 
+from .events import Event
 from .journal import MountRecord
 from .kernel.abandon import off_loop
 from .kernel.processes import count_fds, read_io, read_pss, read_stat
@@ -26,6 +30,7 @@ log = get_logger(__name__)
 SAMPLE_SECONDS = 15.0
 _PSS_TURNS = 4  # a process has its PSS measured in every fourth sample
 _DEADLINE = 10.0
+_NEW_SECONDS = 1.0  # after a mount appeared; many that appear at once are measured together
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +86,21 @@ class Totals:
         )
 
 
-@dataclass(slots=True)
 class Resources:
-    """Use `run` in a task. `mounts` tells which there are now, as `Attachments.mounts` does."""
+    """Use `run` in a task, and `note` as a listener. `mounts`: `Attachments.mounts`."""
 
-    mounts: Callable[[], Sequence[tuple[MountRecord, object]]]
-    interval: float = SAMPLE_SECONDS
-    _usages: dict[MountKey, Usage] = field(default_factory=dict)
-    _turn: int = 0
+    def __init__(
+        self, mounts: Callable[[], Sequence[tuple[MountRecord, object]]], *, interval: float = SAMPLE_SECONDS
+    ) -> None:
+        self._mounts = mounts
+        self._interval = interval
+        self._usages: dict[MountKey, Usage] = {}
+        self._new = asyncio.Event()
+        self._turn = 0
+
+    def note(self, event: Event) -> None:
+        if event.new is MountState.LIVE:
+            self._new.set()
 
     def of(self, key: MountKey) -> Usage | None:
         """The last sample of the process that serves this key; None if there is none yet."""
@@ -98,27 +110,38 @@ class Resources:
         return Totals.of(self._usages.values())
 
     async def run(self) -> None:
+        due = time.monotonic()
         while True:
+            everything = time.monotonic() >= due
+            if everything:
+                due = time.monotonic() + self._interval
             try:
-                await self.sample()
+                await self.sample(everything=everything)
             except MooringError as err:
                 log.warning("the mount processes could not be measured", error=str(err))
             except Exception:
                 log.exception("the mount processes could not be measured")
-            await asyncio.sleep(self.interval)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(due - time.monotonic()):
+                    await self._new.wait()
+                    await asyncio.sleep(_NEW_SECONDS)
+            self._new.clear()
 
-    async def sample(self) -> None:
-        """One round. Processes that ended since the last one are forgotten."""
-        living = {record.key: record.process for record, _ in self.mounts() if record.process is not None}
-        before = self._usages
-        self._turn = turn = (self._turn + 1) % _PSS_TURNS
+    async def sample(self, *, everything: bool = True) -> None:
+        """One round, or only those that have no figures yet. Processes that ended are forgotten."""
+        living = {record.key: record.process for record, _ in self._mounts() if record.process is not None}
+        known = {key: old for key, old in self._usages.items() if living.get(key) == old.process}
+        self._turn = turn = (self._turn + everything) % _PSS_TURNS
 
         def work() -> dict[MountKey, Usage]:
             found = {}
-            for number, (key, process) in enumerate(living.items()):
-                old = before.get(key)
-                pss = old.pss if old is not None and old.process == process else None
-                usage = measure(process, pss, again=pss is None or number % _PSS_TURNS == turn)
+            for key, process in living.items():
+                old = known.get(key)
+                if old is not None and not everything:
+                    found[key] = old
+                    continue
+                pss = None if old is None else old.pss
+                usage = measure(process, pss, again=pss is None or int(key[:4], 16) % _PSS_TURNS == turn)
                 if usage is not None:
                     found[key] = usage
             return found
