@@ -168,6 +168,7 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
             publisher = StatusPublisher(config.redis, attachments, events, mounts_stay=not section.stop_mounts_on_exit)
         resources = Resources(attachments.mounts)
         attachments.listen(resources.note)
+        attachments.listen(resources.note)
         watchdog = Watchdog(
             attachments,
             mounter,
