@@ -16,6 +16,7 @@ import errno
 import fcntl
 import os
 import struct
+import threading
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -103,6 +104,8 @@ class Autofs:
             self._device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
         except OSError as err:
             raise MountNotPermitted(f"{DEVICE} cannot be opened: {err.strerror}.", hint="Run as root.") from None
+        # Held while automount points come and go: the kernel gives the number of one that went to the next that comes.
+        self.changes = threading.Lock()
         self.questions, self._answers = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self.questions, False)
 

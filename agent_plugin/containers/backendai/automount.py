@@ -1,8 +1,8 @@
 """Answering the kernel: one reader of the pipe, one task per question, a deadline for each.
 
 Somebody looks up a name that is not there; the kernel lets them wait and asks here. Inner directories are made at once;
-for a folder `serve` is asked, which says where it is mounted or raises, and then the look-up ends with that error's
-errno. Whatever happens here, a look-up ends within the deadline.
+for a folder `serve` is asked, which mounts it or raises, and then the look-up ends with that error's errno. Whatever
+happens here, a look-up ends within the deadline.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MAX_REFUSALS = 1000
 
 
 class Automounter:
-    """`serve(place)` returns the directory to show there; `expired(place)` is asked whether a folder that the kernel
+    """`serve(place)` mounts a folder at its place; `expired(place)` is asked whether a folder that the kernel
     found unused may go, and unmounts it if so. Use as an async context manager inside that of the trees.
     """
 
@@ -43,7 +43,7 @@ class Automounter:
         autofs: Autofs,
         trees: Sequence[Tree],
         *,
-        serve: Callable[[FolderPlace], Awaitable[Path]],
+        serve: Callable[[FolderPlace], Awaitable[None]],
         expired: Callable[[FolderPlace], Awaitable[bool]],
         deadline: float,
         uids: frozenset[int],
@@ -61,7 +61,7 @@ class Automounter:
     async def __aenter__(self) -> Automounter:
         self._sentinel = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", str(_SENTINEL), *(str(tree.path) for tree in self._trees)),
-            stdin=asyncio.subprocess.PIPE,
+            stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             env={"PATH": os.defpath},
             start_new_session=True,  # also: not in our process group, whose look-ups the kernel does not ask about
@@ -75,11 +75,10 @@ class Automounter:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        if self._sentinel is not None and self._sentinel.stdin is not None:
+        if self._sentinel is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._sentinel.kill()
             await self._sentinel.wait()
-            self._sentinel.stdin.close()
 
     def _read(self) -> None:
         while True:
@@ -93,8 +92,9 @@ class Automounter:
                 log.error("the automounter sent what this agent does not understand", error=str(err))
                 return
             point = next((tree.points[packet.device] for tree in self._trees if packet.device in tree.points), None)
-            if point is None:
-                continue  # taken down between its question and now: then nobody waits there
+            if point is None:  # taken down between its question and now; nobody waits there, or it would be busy
+                log.info("a question about a directory that went", name=packet.name.decode(errors="replace"))
+                continue
             task = asyncio.get_running_loop().create_task(self._answer(packet, point), name=f"look-up in {point.path}")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -147,8 +147,7 @@ class Automounter:
             return known
         begun = time.monotonic()
         try:
-            source = await self._serve(place)
-            await off_loop("the mount of a folder", _KERNEL_SECONDS, lambda: point.tree.mount_leaf(place, source))
+            await self._serve(place)
         except MooringError as err:
             if err.errno in (errno.ENOENT, errno.EACCES):
                 self._refuse(place, err.errno)

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,10 +27,11 @@ from storage_proxy.core.wire import MountState
 from ...attachments import Attachments
 from ...events import Event, EventKind
 from ...journal import AttachmentRecord
-from ...kernel import entries_at, read_mountinfo, top_at
+from ...kernel import MountEntry, entries_at, read_mountinfo, top_at
 from ...kernel.abandon import off_loop
 from ...kernel.autofs import Autofs
-from ...kernel.namespaces import holders
+from ...kernel.mountinfo import escape
+from ...kernel.namespaces import Holder, holders
 from .kernels import KernelEvent
 from .places import FolderPlace
 from .tree import Tree
@@ -72,7 +73,7 @@ class NodeFolders:
         volumes: Mapping[str, str],
         idle: float,
         deadline: float,
-        ignored: Iterable[Path] = (),
+        runtime: Path,
     ) -> None:
         self._agent_id = agent_id
         self._attachments = attachments
@@ -82,8 +83,7 @@ class NodeFolders:
         self._volumes = volumes
         self._idle = idle
         self._deadline = deadline
-        # Copies of our own directories in other namespaces (a service with a mount namespace has them) hold nothing.
-        self._ignored = [str(path) for path in (*ignored, *(tree.path for tree in trees.values()))]
+        self._ours = [str(path) for path in (runtime, *(tree.path for tree in trees.values()))]
         self._folders: dict[FolderPlace, _Folder] = {}
         self._ending: set[SessionID] = set()  # grants that the manager has not been told the end of
         self._hint = asyncio.Event()
@@ -114,14 +114,7 @@ class NodeFolders:
             if place is not None:
                 self._folders[place] = _Folder(place, session=item.session, used=now)
         for tree in self._trees.values():
-            for place in await off_loop("a look at the volume roots", _KERNEL_SECONDS, tree.leaves):
-                folder = self._folders.get(place)
-                if folder is None:
-                    log.info("a folder without an attachment is unmounted", place=str(place))
-                    await self._unmount(place, force=True)
-                else:
-                    folder.mounted = now
-                    await self._freshen(folder)
+            await self._compare(tree)
         return len(self._folders)
 
     def _place_of(self, item: AttachmentRecord, volume: str) -> FolderPlace | None:
@@ -140,8 +133,8 @@ class NodeFolders:
 
     # --- look-ups -----------------------------------------------------------------------------------------------------
 
-    async def serve(self, place: FolderPlace) -> Path:
-        """The session bind to show at a place; attaches the folder if it is not.
+    async def serve(self, place: FolderPlace) -> None:
+        """Mounts a folder at its place; attaches it if it is not.
 
         Raises `NotFound` for what the manager extension does not know, `Forbidden` for what it does not open to this
         node, and everything that an attach raises.
@@ -150,8 +143,10 @@ class NodeFolders:
         try:
             async with folder.lock:
                 source = await self._attached(folder)
+                tree = self._trees[place.root]
+                # Under the lock: a release that begins now finds it mounted.
+                await off_loop("the mount of a folder", _KERNEL_SECONDS, lambda: tree.mount_leaf(place, source))
                 folder.mounted = folder.used = time.monotonic()
-                return source
         except BaseException:
             if folder.session is None and not folder.lock.locked():
                 self._folders.pop(place, None)
@@ -201,14 +196,8 @@ class NodeFolders:
 
     async def _sweep(self, *, at_once: bool) -> bool:
         """One look at everything. Returns True if `at_once` met a folder that is too young for it."""
-        await self._end_grants()
         for tree in self._trees.values():
-            for place in await off_loop("a look at the volume roots", _KERNEL_SECONDS, tree.leaves):
-                folder = self._folders.get(place)
-                if folder is None or (self._attachment(folder) is None and not folder.lock.locked()):
-                    # Detached by somebody else: what is still mounted here would fail as soon as its process ends.
-                    await self._unmount(place, force=True)
-                    self._drop(place)
+            await self._compare(tree)
         await self._detach_orphans()
         held = await self._held()
         now = time.monotonic()
@@ -225,7 +214,21 @@ class NodeFolders:
                 await self._let_go(folder, at_once=at_once)
         for tree in self._trees.values():
             await off_loop("a look at the volume roots", _KERNEL_SECONDS, lambda tree=tree: _prune(tree))  # type: ignore[misc]
+        await self._end_grants()
         return young
+
+    async def _compare(self, tree: Tree) -> None:
+        """Makes what is mounted below a root agree with the attachments."""
+        shown = await off_loop("a look at the volume roots", _KERNEL_SECONDS, tree.leaves)
+        for place, stack in shown.items():
+            folder = self._folders.get(place)
+            if folder is None or (self._attachment(folder) is None and not folder.lock.locked()):
+                # Detached by somebody else: what is still mounted here would fail as soon as its process ends.
+                log.info("a folder without an attachment is unmounted", place=str(place))
+                await self._unmount(place, force=True)
+                self._drop(place)
+            elif not folder.lock.locked():
+                await self._freshen(folder, stack)
 
     async def _detach_orphans(self) -> None:
         """Attachments that no place shows: of an attach that ended after its look-up had given up on it."""
@@ -254,13 +257,23 @@ class NodeFolders:
                 devices.setdefault(place, set()).update(entry.device for entry in stacks)
             held: set[str] = set()
             for holder in holders(set().union(*devices.values())):
-                held |= {entry.device for entry in holder.entries if not self._is_copy(entry.mount_point)}
+                held |= {entry.device for entry in holder.entries if not self._is_copy(holder, entry)}
             return {place for place, own in devices.items() if own & held}
 
         return await off_loop("a look at the containers", _SCAN_SECONDS, look)
 
-    def _is_copy(self, mount_point: str) -> bool:
-        return any(mount_point.startswith(f"{path}/") for path in self._ignored)
+    def _is_copy(self, holder: Holder, entry: MountEntry) -> bool:
+        """True for a mount of a namespace that has a copy of our whole directory, as services with private mounts have:
+        what goes here goes there. A container that was given the folder has the folder alone, at whatever path.
+        """
+        whole = next((path for path in self._ours if entry.mount_point.startswith(f"{path}/")), None)
+        if whole is None:
+            return False
+        try:
+            table = Path(f"/proc/{holder.pid}/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+        except OSError:
+            return False
+        return any(line.split(" ", 5)[4] == escape(whole) for line in table.split("\n") if line)
 
     async def _let_go(self, folder: _Folder, *, at_once: bool) -> None:
         """Asks the kernel to expire the folder; `expired` answers. Then detaches what is not mounted any more."""
@@ -310,7 +323,6 @@ class NodeFolders:
             self._ending.add(session)
         folder.session = None
         self._folders.pop(folder.place, None)
-        await self._end_grants()
 
     def _drop(self, place: FolderPlace) -> None:
         folder = self._folders.pop(place, None)
@@ -332,27 +344,29 @@ class NodeFolders:
 
     # --- repair -------------------------------------------------------------------------------------------------------
 
-    async def _freshen(self, folder: _Folder) -> None:
-        """Shows at the place what its session bind shows. Propagation does that, unless it was repaired while no
-        automounter tree was known (after a restart).
+    async def _freshen(self, folder: _Folder, stack: list[MountEntry]) -> None:
+        """Shows at the place what its session bind shows. Propagation does that when a mount is repaired; here is what
+        it missed, as when the session bind itself was made anew.
         """
         item = self._attachment(folder)
-        if item is None:
+        entry = None if item is None else self._attachments.entry(item.key)
+        if item is None or entry is None or entry.record is None or entry.record.state is not MountState.LIVE:
             return
-        plan = next(plan for other, plan in self._attachments.attachments() if other is item)
-        source = Path(self._attachments.spec(item, plan).source)
+        device, key = entry.record.device, entry.record.key
+        if any(layer.device == device for layer in stack):
+            return
+        source = Path(self._attachments.spec(item, entry.record.plan).source)
         tree = self._trees[folder.place.root]
 
         def work() -> bool:
-            table = read_mountinfo()
-            want, have = top_at(source, table), top_at(tree.leaf(folder.place), table)
-            if want is None or (have is not None and have.device == want.device):
-                return False
+            top = top_at(source)
+            if top is None or top.device != device:
+                return False  # the bind itself is behind: first things first
             tree.mount_leaf(folder.place, source)
             return True
 
         if await off_loop("the mount of a folder", _KERNEL_SECONDS, work):
-            log.info("folder shown anew", place=str(folder.place))
+            log.info("folder shown anew", place=str(folder.place), key=key)
 
 
 def _expire(autofs: Autofs, path: Path, device: str, at_once: bool) -> bool:

@@ -71,7 +71,7 @@ async def volume_roots(
             volumes={name: root.volume or name for name, root in section.root.items()},
             idle=section.idle_time,
             deadline=section.lookup_deadline,
-            ignored=(runtime,),
+            runtime=runtime,
         )
         if adopted := await folders.adopt():
             log.info("folders of a former agent taken over", folders=adopted)

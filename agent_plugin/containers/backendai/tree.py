@@ -210,15 +210,20 @@ class Tree:
                 f"Volume {self.name!r} has {len(self.points)} directories on this node.", hint="Wait; idle ones go."
             )
         path = parent.path / name
-        path.mkdir(mode=0o755, exist_ok=True)
-        if not entries_at(path):
-            self._autofs.mount(SOURCE, path)
-        return self._know(path, (*parent.names, name))
+        with self._autofs.changes:
+            path.mkdir(mode=0o755, exist_ok=True)
+            if not entries_at(path):
+                self._autofs.mount(SOURCE, path)
+            return self._know(path, (*parent.names, name))
 
     def prune(self, names: tuple[str, ...]) -> None:
         """Removes the inner directories that lead to `names` and are empty, from the innermost on. One that somebody
         uses or waits in stays.
         """
+        with self._autofs.changes:
+            self._prune(names)
+
+    def _prune(self, names: tuple[str, ...]) -> None:
         for length in range(len(names), 0, -1):
             path = self.path.joinpath(*names[:length])
             device = next((n for n, point in self.points.items() if point.names == names[:length]), None)
