@@ -4,6 +4,8 @@ PY := .venv/bin/python
 # Mounting needs root; the rest does not. Without a password-less sudo, run as you are and say what is missing.
 ROOT := $(shell if [ "$$(id -u)" -eq 0 ]; then :; elif sudo -n true 2>/dev/null; then echo "sudo -n -E"; fi)
 ARGS ?=
+# What `make bench` runs, for example: make bench BENCH=mounts ARGS=--quick
+BENCH ?= transfer mounts
 
 .PHONY: help setup run test vm-test vm-clean check format lint types imports generated generate bench lock clean
 
@@ -56,7 +58,7 @@ generate: setup
 	@$(PY) -m docs.generate
 
 bench: setup
-	@exec $(ROOT) $(PY) bench/transfer.py $(ARGS)
+	@for name in $(BENCH); do $(ROOT) $(PY) -m bench.$$name $(ARGS) || exit; done
 
 # Resolves the newest versions that pyproject.toml allows, for every supported Python, with hashes.
 lock: setup

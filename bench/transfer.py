@@ -1,6 +1,6 @@
 """Upload and download of one big object: through the proxy, through presigned URLs, and straight to S3 with boto3.
 
-    sudo .venv/bin/python bench/transfer.py [--size-mib 1024] [--reps 3] [--json]
+    sudo .venv/bin/python -m bench.transfer [--size-mib 1024] [--reps 3] [--json]
 
 Starts its own one-machine stack in a scratch directory. All ways move the same bytes between the same file and the same
 server in the same run, in rotating order. Only the ratios to boto3's transfer manager (its default: 10 threads, 8 MiB
