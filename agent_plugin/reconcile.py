@@ -22,7 +22,6 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from storage_proxy.core.errors import MooringError
 from storage_proxy.core.ids import MountKey, SessionID, VFolderID
@@ -388,10 +387,11 @@ def _look(places: _Places) -> _Held:
     namespaces: dict[MountKey, set[int]] = {}
     behind: dict[MountKey, set[tuple[int, str, str]]] = {}
     serving = set(places.devices)
+    ours = f"{places.layout.runtime}/"
     for holder in (*holders(devices), _ourselves(table, devices)):
-        seen = holder.seen() if holder.pid else []
+        seen = {entry.mount_id for entry in holder.seen()} if holder.pid else set()
         for entry in holder.entries:
-            if Path(entry.mount_point).is_relative_to(places.layout.runtime):
+            if entry.mount_point.startswith(ours):
                 continue
             key = devices[entry.device]
             # Propagation tells whose bind it came from. A private copy may be of any session of its key.
@@ -399,7 +399,7 @@ def _look(places: _Places) -> _Held:
             held.folders.update(mine or of_key.get(key, set()))
             if holder.pid:
                 namespaces.setdefault(key, set()).add(holder.namespace)
-            if entry in seen and entry.device not in serving:
+            if entry.mount_id in seen and entry.device not in serving:
                 behind.setdefault(key, set()).add((holder.namespace, entry.mount_point, entry.device))
     return _Held(held.folders, namespaces, behind)
 

@@ -133,7 +133,10 @@ class Strays:
     def _mounts(self, known: Known, table: list[MountEntry]) -> list[Stray]:
         layout = self._layout
         found = []
+        base = f"{layout.runtime}/"
         for entry in table:
+            if not entry.mount_point.startswith(base):
+                continue
             place = Path(entry.mount_point)
             if place.is_relative_to(layout.pool):
                 mine = place.parent == layout.pool and place.name in known.keys

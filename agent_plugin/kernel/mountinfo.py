@@ -116,8 +116,12 @@ def tops(table: Iterable[MountEntry]) -> dict[str, MountEntry]:
     stacks: dict[str, list[MountEntry]] = {}
     for entry in table:
         stacks.setdefault(entry.mount_point, []).append(entry)
-    found = {point: top_at(point, stack) for point, stack in stacks.items()}
-    return {point: top for point, top in found.items() if top is not None}
+    found: dict[str, MountEntry] = {}
+    for point, stack in stacks.items():
+        top = stack[0] if len(stack) == 1 else top_at(point, stack)
+        if top is not None:
+            found[point] = top
+    return found
 
 
 def entries_below(path: Path | str, table: Iterable[MountEntry] | None = None) -> list[MountEntry]:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .mountinfo import MountEntry, parse_line, top_at
+from .mountinfo import MountEntry, parse_line, tops
 
 PROC = Path("/proc")
 
@@ -33,9 +33,8 @@ class Holder:
 
     def seen(self) -> list[MountEntry]:
         """Those `entries` that no other mount covers."""
-        points = dict.fromkeys(entry.mount_point for entry in self.entries)
-        tops = (top_at(point, self.stacks) for point in points)
-        return [top for top in tops if top is not None and top in self.entries]
+        own = {entry.mount_id for entry in self.entries}
+        return [top for top in tops(self.stacks).values() if top.mount_id in own]
 
 
 def holders(devices: Collection[str]) -> list[Holder]:
