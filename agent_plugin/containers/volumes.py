@@ -38,7 +38,7 @@ from storage_proxy.core.logs import get_logger
 
 from ..attachments import Attachments
 from ..config import VolumePluginSection
-from ..drivers import Drivers
+from ..drivers import Drivers, MountPlan
 from ..journal import AttachmentRecord, AttachmentState
 from ..kernel.abandon import off_loop
 from ..mounter import KERNEL_SECONDS
@@ -128,9 +128,11 @@ class Volumes:
         return [self._view(record) for record in self._book.all()]
 
     def _view(self, record: VolumeRecord) -> VolumeView:
-        item = self._attachment(record.name)
         status: dict[str, object] = {"references": len(record.references)}
-        if item is not None:
+        source = None
+        if (attached := self._attachment(record.name)) is not None:
+            item, plan = attached
+            source = Path(self._attachments.spec(item, plan).source)
             mount = next((mount for mount, _ in self._attachments.mounts() if mount.key == item.key), None)
             if mount is not None:
                 status |= {"state": mount.state.value, "mount_key": mount.key, "error": mount.last_error}
@@ -147,7 +149,11 @@ class Volumes:
         if record.name in self._trouble:
             status["error"] = self._trouble[record.name]
         status = {name: value for name, value in status.items() if value is not None}
-        return VolumeView(record.name, record.created, self._source(record.name), status)
+        return VolumeView(record.name, record.created, source, status)
+
+    def warnings(self) -> list[str]:
+        """What an operator should look at."""
+        return [f"Volume {name} is in use and not mounted: {text}" for name, text in sorted(self._trouble.items())]
 
     def _record(self, name: str) -> VolumeRecord:
         record = self._book.get(name)
@@ -160,17 +166,11 @@ class Volumes:
     def _place(self, record: VolumeRecord) -> VolumePlace:
         return VolumePlace.of(record.options, self._config, self._drivers.default)
 
-    def _attachment(self, name: str) -> AttachmentRecord | None:
+    def _attachment(self, name: str) -> tuple[AttachmentRecord, MountPlan] | None:
         session, vfid = _session(name), _folder(name)
-        for item, _ in self._attachments.attachments():
-            if item.session == session and item.vfid == vfid and item.state is AttachmentState.BOUND:
-                return item
-        return None
-
-    def _source(self, name: str) -> Path | None:
         for item, plan in self._attachments.attachments():
-            if item.session == _session(name) and item.vfid == _folder(name):
-                return Path(self._attachments.spec(item, plan).source) if item.state is AttachmentState.BOUND else None
+            if item.session == session and item.vfid == vfid and item.state is AttachmentState.BOUND:
+                return item, plan
         return None
 
     # --- create and remove --------------------------------------------------------------------------------------------
@@ -348,6 +348,8 @@ class Volumes:
             if record is None or self._calls[name] or name in self._attaching:
                 return
             attached = self._attachment(name) is not None
+            if attached or not record.references:
+                self._trouble.pop(name, None)
             if not record.references:
                 if attached:
                     await self._detach(name)
