@@ -30,6 +30,8 @@ SLOWNESS = float(os.environ.get("MOORING_VM_SLOWNESS", "1"))
 # Survives a power cut; /tmp does not everywhere.
 PLACE = Path("/var/tmp/mooring-vm")
 UNIT = "mooring-agent.service"
+# Between two looks and between two reads; an emulated machine has no time for more.
+_PAUSE = 0.05 * SLOWNESS
 
 
 async def until(condition: Callable[[], Awaitable[bool]] | Callable[[], bool], what: str, seconds: float = 60) -> None:
@@ -40,7 +42,7 @@ async def until(condition: Callable[[], Awaitable[bool]] | Callable[[], bool], w
         if answer if isinstance(answer, bool) else await answer:
             return
         assert time.monotonic() < end, f"not within {seconds * SLOWNESS:.0f} s: {what}"
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(_PAUSE)
 
 
 @dataclass
@@ -69,6 +71,7 @@ class HostNode(Node):
             "stop-mounts-on-exit": False,
             "grace-period": 0.0,
             "mount-deadline": min(120.0, 20.0 * SLOWNESS),
+            "watch-interval": max(1.0, SLOWNESS / 2),
             "hang-deadline": 5.0 * SLOWNESS,
             "repair-pause": 2.0,
             **{key.replace("_", "-"): value for key, value in agent.items()},
@@ -187,7 +190,7 @@ class Host:
         log = place / "reads"
         script = (
             'exec >>/log/reads; while :; do if [ "$(cat /data/hello.txt 2>&1)" = "hello from data/" ]; '
-            "then echo ok; else echo failed; fi; sleep 0.05; done"
+            f"then echo ok; else echo failed; fi; sleep {_PAUSE}; done"
         )
         options = (f"--volume={place}:/log", f"--pidfile={place / 'pid'}")
         name = await self.podman.start(spec, command=("/bin/sh", "-c", script), mount=mount, options=options)
@@ -210,7 +213,7 @@ class Host:
 
 @dataclass
 class Reader:
-    """A container whose shell reads a file, checks its content and writes `ok` or `failed`, some 10 times a second."""
+    """A container whose shell reads a file, checks its content and writes `ok` or `failed`, up to 20 times a second."""
 
     host: Host
     name: str
