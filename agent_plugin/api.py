@@ -143,7 +143,7 @@ class AgentApi:
         for record, _items in mounts:
             by_state[record.state.value] = by_state.get(record.state.value, 0) + 1
         drivers = list(self._drivers())
-        warnings = self._attachments.warnings() + self._renewals.warnings()
+        warnings = self._renewals.warnings(self._attachments.warnings())
         warnings += [driver.error for driver in drivers if driver.error]
         return json_answer(
             NodeStatus(

@@ -20,7 +20,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,13 +148,16 @@ class Renewals:
                 return record
         raise NotFound(f"Session {session} has folder {grant.vfid} not attached here.", hint="Attach it first.")
 
-    def warnings(self) -> list[str]:
-        """One sentence for each credential that could not be renewed yet."""
-        found = []
+    def warnings(self, others: Sequence[str] = ()) -> list[str]:
+        """`others`, and one sentence for each credential that could not be renewed yet, with the time left. What is
+        among `others` as the trouble that was told here is not said twice.
+        """
+        told = {plan.told for plan in self._plans.values()}
+        found = [text for text in others if text not in told]
         for record, _ in self._attachments.mounts():
             plan = self._plans.get(record.key)
             if plan is not None and plan.error is not None:
-                when = "" if plan.expires is None else f" {_left(plan.expires - self._wall())},"
+                when = "" if plan.expires is None else f", {_left(plan.expires - self._wall())},"
                 found.append(
                     f"The credential of the mount of {record.plan.place}{when} was not renewed yet: {plan.error}"
                 )

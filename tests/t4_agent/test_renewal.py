@@ -1,0 +1,466 @@
+"""Credentials that end under a mount: renewed without a gap, told when they cannot be, never shown as empty folders."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from agent_plugin.attachments import Attachments
+from agent_plugin.config import AgentConfig, ManagerSection
+from agent_plugin.journal import AttachmentRecord, Step
+from agent_plugin.main import running
+from agent_plugin.renewal import Renewals
+from storage_proxy.client import ProxyClient
+from storage_proxy.client.agent import AgentClient
+from storage_proxy.client.manager import MountAsked, PlannedMount
+from storage_proxy.core.errors import Conflict, InvalidRequest, NotFound, S3BadCredential, S3Error, ServiceUnavailable
+from storage_proxy.core.ids import AccessMode, BucketRef, VFolderID
+from storage_proxy.core.secrets import Secret
+from storage_proxy.core.wire import MountRequest, MountState, S3Credential
+from storage_proxy.s3 import S3Client
+from storage_proxy.s3.scoped import ScopedIssuer
+from tests.conftest import S3Server
+from tests.t3_api import manager_stack, proxy_stand
+
+from .crashing_agent import arm
+from .node import AGENT_ID, AgentProcess, Node, until, until_async
+
+pytestmark = [pytest.mark.root, pytest.mark.asyncio]
+
+TEXT = "hello from data/"
+
+
+# --- what the tests use -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Keys:
+    """Keys limited to `data/` of the bucket, made and revoked at the real server."""
+
+    issuer: ScopedIssuer
+    bucket: str
+    refs: dict[str, str] = field(default_factory=dict)
+
+    async def new(self, lifetime: float | None = None) -> S3Credential:
+        """`lifetime` in seconds from now: what the credential says of itself; the server knows no end."""
+        made = await self.issuer.issue(BucketRef(self.bucket, "data/"), AccessMode.READ_WRITE, None, "t4-renewal")
+        assert made.revoke_ref is not None
+        self.refs[made.credential.access_key] = made.revoke_ref
+        ends = None if lifetime is None else datetime.now(UTC) + timedelta(seconds=lifetime)
+        return made.credential.model_copy(update={"expires_at": ends})
+
+    async def revoke(self, key: S3Credential) -> None:
+        """Returns when the server refuses it."""
+        await self.issuer.revoke(self.refs.pop(key.access_key))
+
+        async def refused() -> bool:
+            async with S3Client(self.issuer._endpoint, key) as client:
+                try:
+                    await client.list_page(self.bucket, "data/", max_keys=1)
+                except S3BadCredential:
+                    return True
+                return False
+
+        await until_async(refused, "the server refuses the key")
+
+
+@pytest_asyncio.fixture
+async def keys(s3_server: S3Server, folder: str) -> AsyncIterator[Keys]:
+    async with ScopedIssuer(s3_server.endpoint, s3_server.admin) as issuer:
+        made = Keys(issuer, folder)
+        yield made
+        for ref in made.refs.values():
+            await issuer.revoke(ref)
+
+
+class Work:
+    """One session with `data/` on a node, and fresh grants for it."""
+
+    def __init__(self, node: Node, bucket: str, session: str = "s1") -> None:
+        self.node, self.bucket, self.session = node, bucket, session
+        self.vfid = VFolderID.parse(node.request(bucket).vfid)
+
+    def request(self, key: S3Credential, **changes: object) -> MountRequest:
+        values = {"vfid": str(self.vfid), "credential_id": "limited", "credential": key, **changes}
+        return self.node.request(self.bucket, "data/", **values)
+
+    def grant(self, key: S3Credential, **changes: object) -> str:
+        return self.node.grant(self.request(key, **changes), self.session)
+
+    def planned(self, key: S3Credential) -> PlannedMount:
+        """As a manager extension answers."""
+        return PlannedMount(
+            folder_id=self.vfid.hex,
+            name="data",
+            vfid=str(self.vfid),
+            target="/data",
+            mode=AccessMode.READ_WRITE,
+            grant=self.grant(key),
+            expires_at=datetime.now(UTC) + timedelta(minutes=5),
+            credential_expires_at=key.expires_at,
+        )
+
+
+# A process in a mount namespace of its own that mounts are propagated to, like a container: opens, reads and closes
+# every file of a directory again and again, and tells what it saw as one line of JSON when its input ends.
+_READER = """
+import json, os, select, sys
+folder, rounds, bad, seen = sys.argv[1], 0, [], set()
+while not select.select([sys.stdin], [], [], 0.01)[0]:
+    rounds += 1
+    try:
+        for name in os.listdir(folder):
+            with open(os.path.join(folder, name)) as file:
+                seen.add(file.read())
+            if os.path.exists(os.path.join(folder, f"absent-{rounds}")):
+                bad.append([rounds, "an absent file is there"])
+    except OSError as err:
+        bad.append([rounds, repr(err)])
+print(json.dumps({"rounds": rounds, "bad": bad, "seen": sorted(seen)}))
+"""
+
+
+@asynccontextmanager
+async def reader(source: str) -> AsyncIterator[dict[str, object]]:
+    """Reads below `source` while the block runs; afterwards the dict holds rounds, bad and seen."""
+    process = await asyncio.create_subprocess_exec(
+        *("unshare", "--mount", "--propagation", "slave", sys.executable, "-c", _READER, source),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    told: dict[str, object] = {}
+    try:
+        yield told
+        output, _ = await asyncio.wait_for(process.communicate(b""), 30)
+        told.update(json.loads(output))
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def read(source: str, name: str = "hello.txt") -> str:
+    return (Path(source) / name).read_text()
+
+
+def ends(attachments: Attachments) -> datetime | None:
+    """When the credential of the only mount ends, as the agent knows it."""
+    ((record, _),) = attachments.mounts()
+    return None if record.credential_expires is None else datetime.fromtimestamp(record.credential_expires, UTC)
+
+
+async def off(call: Callable[[], str]) -> str:
+    """In a thread: what a mount does must not stop the agent, which runs in this loop."""
+    return await asyncio.wait_for(asyncio.to_thread(call), 30)
+
+
+# --- the whole way ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cluster:
+    """A manager extension before a real storage proxy, and an agent that asks it."""
+
+    manager: manager_stack.Stack
+    proxy: proxy_stand.ProxyStand
+    config: AgentConfig
+
+
+@pytest_asyncio.fixture
+async def cluster(s3_server: S3Server, s3: S3Client, bucket: str, tmp_path: Path, node: Node) -> AsyncIterator[Cluster]:
+    """Keys of mounts live for 5 s here."""
+    config, secrets = proxy_stand.proxy_config(
+        tmp_path / "proxy",
+        endpoint=s3_server.endpoint.url,
+        bucket=bucket,
+        credential=s3_server.admin,
+        section={"mount-credential-lifetime": 5},
+    )
+    async with (
+        proxy_stand.running(config, secrets, s3, bucket) as stand,
+        ProxyClient(stand.manager_url, Secret(stand.secret)) as proxy,
+        manager_stack.running(tmp_path, proxy, f"sqlite:///{tmp_path / 'm.db'}") as stack,
+    ):
+        shutil.copy(tmp_path / "state" / "grant.pub", node.place / "grant.pub")
+        token = node.place / "agent.token"
+        token.touch(mode=0o600)
+        token.write_text(stack.token(AGENT_ID, "agent"))
+        section = ManagerSection.model_validate({"url": stack.url, "token-file": str(token)})
+        yield Cluster(stack, stand, node.config().model_copy(update={"manager": section}))
+
+
+@pytest.mark.semantics(17)
+@pytest.mark.expects_log("a mount process does not serve")  # for a moment, where the machine is busy
+async def test_three_renewals_without_a_failed_open(cluster: Cluster, node: Node) -> None:
+    """Keys are made, replaced and revoked by the storage proxy; the session's container notices nothing."""
+    credentials = cluster.proxy.proxy.services.credentials
+    async with (
+        cluster.manager.client() as alice,
+        running(cluster.config) as agent,
+        agent.server,
+        AgentClient(node.socket) as client,
+    ):
+
+        async def registered() -> bool:
+            return bool((await admin.agents_page()).items)
+
+        async with cluster.manager.client(manager_stack.ADMIN, "admin") as admin:
+            await until_async(registered, "the agent is registered")
+        folder = await alice.create_folder("data", "minio")
+        for number in range(3):
+            await cluster.proxy.s3.put(
+                cluster.proxy.bucket, f"{cluster.proxy.prefix(folder.vfid)}{number}.txt", b"text"
+            )
+        plan = await alice.create_session(AGENT_ID, [MountAsked(folder="data", target="/data")], session_id="s1")
+        bind = await client.attach(plan.mounts[0].grant)
+        seen = set()
+
+        async def step() -> bool:
+            await credentials.sweep()  # revokes the former keys when their time is over
+            seen.add(ends(agent.attachments))
+            return len(seen) == 4
+
+        async with reader(bind.source) as told:
+            (first,) = await credentials._issuers["minio"].identities()
+            await until_async(step, "three renewals", 60.0)
+
+            async def gone() -> bool:
+                await credentials.sweep()
+                return first not in await credentials._issuers["minio"].identities()
+
+            await until_async(gone, "the first key is revoked")
+            assert await off(lambda: read(bind.source, "1.txt")) == "text"
+        assert told["bad"] == []
+        assert told["seen"] == ["text"]
+        assert isinstance(told["rounds"], int)
+        assert told["rounds"] > 30
+        assert (await client.status()).warnings == []
+        await client.detach_session("s1")
+        await alice.delete_session("s1")
+        assert await credentials._issuers["minio"].identities() == []
+    assert node.residue() == {}
+
+
+# --- what a renewal does to files -------------------------------------------------------------------------------------
+
+
+async def test_open_files_go_on_and_the_old_key_may_end(node: Node, keys: Keys, s3: S3Client) -> None:
+    work, first = Work(node, keys.bucket), await keys.new(3600)
+    await s3.put(keys.bucket, "data/later.txt", b"not looked at before")
+    async with node.agent() as client:
+        bind = await client.attach(work.grant(first))
+        (old,) = node.processes()
+        held = await asyncio.to_thread(os.open, Path(bind.source) / "hello.txt", os.O_RDONLY)
+        try:
+            second = await keys.new(7200)
+            answer = await client.renew(work.session, str(work.vfid), work.grant(second))
+            assert answer.mount_key == bind.mount_key
+            assert answer.credential_expires_at == second.expires_at
+            (mount,) = await client.mounts()
+            assert mount.pid not in (None, old)
+            assert await off(lambda: os.pread(held, 100, 0).decode()) == TEXT
+            assert sorted(node.processes()) == sorted([old, mount.pid])
+            await keys.revoke(first)
+            assert await off(lambda: read(bind.source, "later.txt")) == "not looked at before"
+        finally:
+            os.close(held)
+        await client.detach_session(work.session)
+        await until(lambda: node.processes() == [], "both processes have ended")
+    assert node.residue() == {}
+
+
+async def test_every_session_of_the_mount_gets_the_new_key(node: Node, keys: Keys) -> None:
+    one, first = Work(node, keys.bucket), await keys.new(3600)
+    two = Work(node, keys.bucket, "s2")
+    two.vfid = one.vfid
+    async with node.agent() as client:
+        binds = [await client.attach(work.grant(first)) for work in (one, two)]
+        await client.renew("s2", str(two.vfid), two.grant(await keys.new(7200)))
+        await keys.revoke(first)
+        for bind in binds:
+            assert await off(lambda bind=bind: read(bind.source)) == TEXT  # type: ignore[misc]
+        await client.detach_session("s1")
+        assert await off(lambda: read(binds[1].source)) == TEXT
+        await client.detach_session("s2")
+    assert node.residue() == {}
+
+
+@pytest.mark.expects_log("does not accept this credential")
+async def test_grants_that_renew_nothing(node: Node, keys: Keys) -> None:
+    work, first = Work(node, keys.bucket), await keys.new(3600)
+    second = await keys.new(7200)
+    async with node.agent() as client:
+        bind = await client.attach(work.grant(first))
+        (pid,) = node.processes()
+        other = Work(node, keys.bucket, "s2")
+        with pytest.raises(InvalidRequest, match="another session"):
+            await client.renew(work.session, str(work.vfid), other.grant(second))
+        with pytest.raises(NotFound):
+            await client.renew("s2", str(other.vfid), other.grant(second))
+        with pytest.raises(Conflict, match="other terms"):
+            await client.renew(work.session, str(work.vfid), work.grant(second, credential_id="another"))
+        await keys.revoke(second)
+        with pytest.raises(S3Error):
+            await client.renew(work.session, str(work.vfid), work.grant(second))
+        assert node.processes() == [pid]
+        assert await off(lambda: read(bind.source)) == TEXT
+        await client.detach_session(work.session)
+    assert node.residue() == {}
+
+
+# --- when it fails ----------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def asking(
+    attachments: Attachments, source: Callable[[AttachmentRecord], object], **options: object
+) -> AsyncIterator[Renewals]:
+    """Renewals with another source of grants than a manager extension."""
+
+    async def ask(item: AttachmentRecord) -> PlannedMount:
+        answer = source(item)
+        assert isinstance(answer, PlannedMount)
+        return answer
+
+    renewals = Renewals(attachments, attachments._mounter, attachments._verifier, ask, **options)  # type: ignore[arg-type]
+    task = asyncio.create_task(renewals.run())
+    try:
+        yield renewals
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@pytest.mark.expects_log("credential not renewed")
+async def test_a_manager_that_is_away_is_asked_again(node: Node, keys: Keys) -> None:
+    work, calls = Work(node, keys.bucket), 0
+    second = await keys.new(3600)
+
+    def source(_: AttachmentRecord) -> PlannedMount:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise ServiceUnavailable("The manager extension does not answer.")
+        return work.planned(second)
+
+    async with node.manager() as (client, attachments):
+        bind = await client.attach(work.grant(await keys.new(4)))
+        async with asking(attachments, source) as renewals:
+            await until(lambda: renewals.warnings() != [], "it is a warning")
+            (warning,) = renewals.warnings()
+            assert "which ends in" in warning
+            assert "does not answer" in warning
+            await until(lambda: ends(attachments) == second.expires_at, "it is renewed")
+            await until(lambda: renewals.warnings() == [], "the warning is gone")
+        assert await off(lambda: read(bind.source)) == TEXT
+        await client.detach_session(work.session)
+    assert node.residue() == {}
+
+
+async def test_a_clock_that_jumps_is_noticed(node: Node, keys: Keys) -> None:
+    """As after a sleep of the machine: the time is over or almost, whatever was waited for."""
+    work, jump = Work(node, keys.bucket), 0.0
+    fresh = await keys.new(7200)
+    async with node.manager() as (client, attachments):
+        await client.attach(work.grant(await keys.new(3600)))
+        asked = asyncio.Event()
+
+        def source(_: AttachmentRecord) -> PlannedMount:
+            asked.set()
+            return work.planned(fresh)
+
+        async with asking(attachments, source, wall=lambda: time.time() + jump, look=0.05):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asked.wait(), 0.3)
+            jump = 3590.0
+            await asyncio.wait_for(asked.wait(), 5)
+            await until(lambda: ends(attachments) == fresh.expires_at, "it is renewed")
+        await client.detach_session(work.session)
+
+
+@pytest.mark.expects_log("credential not renewed")
+@pytest.mark.expects_log("giving up a mount")
+@pytest.mark.expects_log("a mount could not be repaired yet")
+async def test_an_end_without_a_renewal_is_an_error_and_not_an_empty_folder(node: Node, keys: Keys) -> None:
+    work, first = Work(node, keys.bucket), await keys.new(3)
+    async with node.agent() as client:
+        bind = await client.attach(work.grant(first))
+        assert await off(lambda: read(bind.source)) == TEXT
+
+        async def warned() -> bool:
+            return any("no manager extension to ask" in text for text in (await client.status()).warnings)
+
+        await until_async(warned, "the operator is told before the end")
+        (mount,) = await client.mounts()
+        assert mount.state is MountState.LIVE
+        await keys.revoke(first)
+
+        async def given_up() -> bool:
+            (mount,) = await client.mounts()
+            return mount.state in (MountState.DEAD, MountState.FAILED)
+
+        await until_async(given_up, "the mount is given up", 20.0)
+
+        def opened() -> str:
+            try:
+                return read(bind.source)
+            except OSError as err:
+                return errno.errorcode[err.errno or 0]
+
+        assert await off(opened) in ("ENOTCONN", "ECONNABORTED", "EIO")
+
+        async def explained() -> bool:
+            warnings = " ".join((await client.status()).warnings)
+            return "does not accept this credential" in warnings and "which ended" in warnings
+
+        await until_async(explained, "the status says why")
+
+        await client.renew(work.session, str(work.vfid), work.grant(await keys.new(3600)))
+        assert await off(lambda: read(bind.source)) == TEXT
+        (mount,) = await client.mounts()
+        assert mount.state is MountState.LIVE
+        assert (await client.status()).warnings == []
+        await client.detach_session(work.session)
+        await until(lambda: node.residue() == {}, "nothing is left")
+
+
+# --- killed in the middle ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [Step.RENEW_STARTED, Step.RENEW_PLACE])
+async def test_an_agent_killed_in_a_renewal(node: Node, keys: Keys, step: Step) -> None:
+    """Every step is in the crash matrix; here the keys count: whichever is in use then can be renewed and revoked."""
+    work, first, second = Work(node, keys.bucket), await keys.new(3600), await keys.new(7200)
+    agent = AgentProcess(node, "tests.t4_agent.crashing_agent", stop_mounts_on_exit=False)
+    try:
+        async with await agent.start() as client:
+            bind = await client.attach(work.grant(first))
+            arm(agent.config, step, "after")
+            with pytest.raises(ServiceUnavailable):
+                await client.renew(work.session, str(work.vfid), work.grant(second))
+        await agent.wait()
+        assert await off(lambda: read(bind.source)) == TEXT, "while there is no agent"
+        async with await agent.start() as client:
+            assert await off(lambda: read(bind.source)) == TEXT
+            await client.renew(work.session, str(work.vfid), work.grant(await keys.new(7200)))
+            await keys.revoke(first)
+            await keys.revoke(second)
+            assert await off(lambda: read(bind.source)) == TEXT
+            assert [path.name for path in node.credentials()] == [bind.mount_key]
+            await client.detach_session(work.session)
+            await until(lambda: node.residue() == {}, "nothing is left")
+    finally:
+        await agent.close()
