@@ -80,6 +80,7 @@ class Agent:
     """An agent whose parts run; `server` listens once it is entered."""
 
     attachments: Attachments
+    renewals: Renewals
     server: Server
 
 
@@ -163,11 +164,12 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
                     keep=not section.stop_mounts_on_exit,
                 )
             )
+        resources = Resources(attachments.mounts)
         publisher = None
         if config.redis is not None:
-            publisher = StatusPublisher(config.redis, attachments, events, mounts_stay=not section.stop_mounts_on_exit)
-        resources = Resources(attachments.mounts)
-        attachments.listen(resources.note)
+            publisher = StatusPublisher(
+                config.redis, attachments, events, resources.of, mounts_stay=not section.stop_mounts_on_exit
+            )
         attachments.listen(resources.note)
         watchdog = Watchdog(
             attachments,
@@ -232,7 +234,7 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
                     listeners.append(
                         Listener(make_metrics_app(metrics, checks), "metrics", "127.0.0.1", section.metrics_port)
                     )
-                yield Agent(attachments, Server(listeners))
+                yield Agent(attachments, renewals, Server(listeners))
             finally:
                 for task in background:
                     task.cancel()

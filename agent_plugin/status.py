@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
 from typing import cast
 
@@ -23,12 +23,15 @@ from redis.typing import EncodableT, FieldT
 
 from storage_proxy import __version__
 from storage_proxy.core import noticeboard
+from storage_proxy.core.ids import MountKey
 from storage_proxy.core.logs import get_logger, redact_text
 from storage_proxy.core.noticeboard import AgentState
 
 from .attachments import Attachments
 from .config import RedisSection
 from .eventlog import EventLog, Numbered
+from .journal import MountRecord
+from .resources import Usage
 
 log = get_logger(__name__)
 
@@ -40,16 +43,24 @@ _PAUSE_SECONDS = 0.1  # between two reports, however much happens: one tells eve
 class StatusPublisher:
     """Reports after every event and at every heartbeat. Use `run` in a task; it ends when cancelled.
 
-    `mounts_stay`: the mounts outlive this agent, so they are not withdrawn when it stops.
+    `usage`: what the process of a mount costs. `mounts_stay`: the mounts outlive this agent, so they are not withdrawn
+    when it stops.
     """
 
     def __init__(
-        self, config: RedisSection, attachments: Attachments, events: EventLog, *, mounts_stay: bool = False
+        self,
+        config: RedisSection,
+        attachments: Attachments,
+        events: EventLog,
+        usage: Callable[[MountKey], Usage | None],
+        *,
+        mounts_stay: bool = False,
     ) -> None:
         self._agent_id = events.agent_id
         self._config = config
         self._attachments = attachments
         self._events = events
+        self._usage = usage
         self._mounts_stay = mounts_stay
         self._started = time.time()
         self._told = 0  # the number of the last event that Redis has
@@ -68,7 +79,7 @@ class StatusPublisher:
         )
         try:
             while True:
-                await self._try(client, self.report)
+                await _to_its_end(self._try(client, self.report))
                 await asyncio.sleep(min(_PAUSE_SECONDS, self._config.heartbeat))
                 await self._events.wait(self._events.last if self.last_error else self._told, self._config.heartbeat)
         finally:
@@ -159,6 +170,7 @@ class StatusPublisher:
                 "pid": record.process.pid if record.process else "",
                 "sessions": json.dumps(sorted({item.session for item in items})),
                 "last_error": record.last_error or "",
+                **self._health(record),
                 "heartbeat": now,
             }
             for item in items:
@@ -176,6 +188,25 @@ class StatusPublisher:
                     "heartbeat": now,
                 }
         return hashes
+
+    def _health(self, record: MountRecord) -> dict[str, object]:
+        """What is measured and seen of a living mount; what is not known is left out."""
+        entry, usage = self._attachments.entry(record.key), self._usage(record.key)
+        found: dict[str, object | None] = {"repairs": record.repairs}
+        if entry is not None:
+            found |= {"trouble": entry.trouble, "unresponsive": entry.unresponsive}
+        if usage is not None and usage.process == record.process:
+            found |= {
+                "measured_at": _time(usage.at),
+                "rss": usage.rss,
+                "pss": usage.pss,
+                "fds": usage.fds,
+                "threads": usage.threads,
+                "cpu_seconds": usage.cpu_seconds,
+                "read": usage.read,
+                "written": usage.written,
+            }
+        return {name: value for name, value in found.items() if value is not None}
 
     def index(self) -> dict[str, set[str]]:
         """Key name -> members: what there is of each volume, so that readers need not search."""
@@ -229,6 +260,16 @@ class StatusPublisher:
         if told.detail:
             fields["detail"] = json.dumps(told.detail, default=str)
         return {name: str(value) for name, value in fields.items()}
+
+
+async def _to_its_end(work: Coroutine[object, object, None]) -> None:
+    """Also if this task is cancelled meanwhile: a report that is cut off half-way would be told twice."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def _time(seconds: float) -> str:

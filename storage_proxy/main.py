@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logs.get_logger(__name__)
 
 SWEEP_SECONDS = 60.0
+STOP_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +110,15 @@ async def open_proxy(config: ProxyConfig) -> AsyncIterator[Proxy]:
             Listener(client_app(services), "client API", api[1].host, api[1].port, tls=tls[1]),
             Listener(internal_app(services, checks), "internal API", api[2].host, api[2].port),
         ]
-        sweeper = asyncio.create_task(_sweep([uploads.sweep, credentials.sweep]), name="sweeper")
-        stack.push_async_callback(_stop, sweeper)
+        stopping = asyncio.Event()
+        sweeper = asyncio.create_task(_sweep([uploads.sweep, credentials.sweep], stopping), name="sweeper")
+        stack.push_async_callback(_stop, sweeper, stopping)
         yield Proxy(services, database, listeners)
 
 
-async def _sweep(works: list[Callable[[], Awaitable[int]]]) -> None:
+async def _sweep(works: list[Callable[[], Awaitable[int]]], stopping: asyncio.Event) -> None:
     """Cleans up at start and once a minute; nothing that fails here stops it."""
-    while True:
+    while not stopping.is_set():
         for work in works:
             try:
                 await work()
@@ -124,10 +126,15 @@ async def _sweep(works: list[Callable[[], Awaitable[int]]]) -> None:
                 log.warning("cleaning up was not possible", error=str(err))
             except Exception:
                 log.exception("cleaning up failed")
-        await asyncio.sleep(SWEEP_SECONDS)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SWEEP_SECONDS):
+                await stopping.wait()
 
 
-async def _stop(task: asyncio.Task[None]) -> None:
+async def _stop(task: asyncio.Task[None], stopping: asyncio.Event) -> None:
+    """Between two works if it can be; in the middle of one its database would complain."""
+    stopping.set()
+    await asyncio.wait([task], timeout=STOP_SECONDS)
     task.cancel()
     await asyncio.wait([task])
 

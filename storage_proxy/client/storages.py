@@ -14,6 +14,7 @@ from enum import StrEnum
 from pydantic import Field
 
 from ..core.wire import MountState, Wire
+from .mounts import MountUsage
 
 # What needs no look: everything else is troubled.
 _WELL: Collection[str] = frozenset({MountState.STAGING, MountState.LIVE, MountState.DRAINING})
@@ -99,7 +100,8 @@ class NodeStatus(Wire):
 
 
 class MountStatus(Wire):
-    """One mount of one node. `pid` is the driver's process; figures that the node does not measure are None."""
+    """One mount of one node. `pid` is the driver's process; `trouble`: it lives, but S3 does not do what it asks;
+    `unresponsive`: its process does not answer. `usage` is None if it was not measured yet."""
 
     agent_id: str
     key: str
@@ -114,13 +116,18 @@ class MountStatus(Wire):
     last_error: str | None = None
     pid: int | None = None
     sessions: list[str] = []
+    repairs: int = 0
+    trouble: str | None = None
+    unresponsive: str | None = None
+    usage: MountUsage | None = None
     heartbeat: datetime
     heartbeat_age_seconds: float
     stale: bool
 
     @property
     def troubled(self) -> bool:
-        return self.stale or self.state not in _WELL or self.last_error is not None
+        said = (self.last_error, self.trouble, self.unresponsive)
+        return self.stale or self.state not in _WELL or any(text is not None for text in said)
 
 
 class AttachmentStatus(Wire):

@@ -240,9 +240,11 @@ def _age(heartbeat: datetime, retention: float, rest_ms: int) -> float:
 def _mount(fields: Hash, node: NodeStatus) -> MountStatus | None:
     """Written in the same transaction as the report of its node, so it has its age."""
     try:
+        told = {name: value for name, value in fields.items() if value != ""}
         return MountStatus.model_validate(
             {
-                **{name: value for name, value in fields.items() if value != ""},
+                **told,
+                "usage": told if "measured_at" in told else None,
                 "sessions": json.loads(fields["sessions"]),
                 "heartbeat_age_seconds": node.heartbeat_age_seconds,
                 "stale": node.stale,

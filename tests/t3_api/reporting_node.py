@@ -16,12 +16,15 @@ from agent_plugin.drivers import MountPlan
 from agent_plugin.eventlog import EventLog
 from agent_plugin.events import Event, EventKind
 from agent_plugin.journal import AttachmentRecord, AttachmentState, MountRecord
+from agent_plugin.keys import Entry
+from agent_plugin.resources import Usage
 from agent_plugin.status import StatusPublisher
 from agent_plugin.supervisor import ProcessID
 from storage_proxy.core.ids import AccessMode, MountKey, QuotaScopeID, SessionID, VFolderID
 from storage_proxy.core.wire import Location, MountState
 from tests.redis_server import RedisServer
 
+PROCESS = ProcessID(4711, 1)
 SCOPE = QuotaScopeID.parse(f"user:{uuid.UUID(int=9)}")
 
 
@@ -32,13 +35,18 @@ class Reported:
     found: list[tuple[MountRecord, list[AttachmentRecord]]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     listeners: list[Callable[[Event], None]] = field(default_factory=list)
-    draining: bool | frozenset[MountKey] = False
+    draining: bool = False
+    usages: dict[MountKey, Usage] = field(default_factory=dict)
+    entries: dict[MountKey, Entry] = field(default_factory=dict)
 
     def mounts(self) -> list[tuple[MountRecord, list[AttachmentRecord]]]:
         return self.found
 
     def warnings(self) -> list[str]:
         return self.said
+
+    def entry(self, key: MountKey) -> Entry | None:
+        return self.entries.get(key)
 
     def listen(self, listener: Callable[[Event], None]) -> None:
         self.listeners.append(listener)
@@ -55,7 +63,7 @@ class Reported:
             mode=AccessMode.READ_WRITE,
             credential_id="admin",
         )
-        record = MountRecord(plan, state, time.time(), "0" * 32, ProcessID(4711, 1), "0:99", error)
+        record = MountRecord(plan, state, time.time(), "0" * 32, PROCESS, "0:99", error)
         items = [
             AttachmentRecord(
                 session=SessionID(session),
@@ -69,6 +77,7 @@ class Reported:
             for session in sessions
         ]
         self.found.append((record, items))
+        self.entries[plan.key] = Entry(record=record)
         self.happens(plan, MountState.STAGING, state, error)
         return plan
 
@@ -106,7 +115,7 @@ async def reporting(
     config = RedisSection(url=server.url, heartbeat=heartbeat, ttl=ttl, retention=60)
     log = EventLog(agent_id)
     told.listen(log.note)
-    publisher = StatusPublisher(config, cast("Attachments", told), log, mounts_stay=mounts_stay)
+    publisher = StatusPublisher(config, cast("Attachments", told), log, told.usages.get, mounts_stay=mounts_stay)
     node = ReportingNode(agent_id, told, publisher, asyncio.create_task(publisher.run()))
     try:
         yield node

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from datetime import datetime
@@ -12,6 +13,7 @@ import pytest
 import pytest_asyncio
 import redis.asyncio as redis
 
+from agent_plugin.resources import Usage
 from storage_proxy.client import ProxyClient
 from storage_proxy.client.storages import EventsLost, FeedItem, MountEvent, MountsWanted, NodeState, SourceChanged
 from storage_proxy.cluster.feed import EventFeed
@@ -24,7 +26,7 @@ from tests.conftest import S3Server
 from tests.redis_server import RedisServer, running_redis
 
 from .proxy_stand import ProxyStand, proxy_config, running, until
-from .reporting_node import reporting
+from .reporting_node import PROCESS, reporting
 
 pytestmark = pytest.mark.asyncio
 
@@ -74,7 +76,9 @@ async def test_volumes_nodes_and_mounts_are_summed(proxy: ProxyClient, server: R
         one.told.add("minio", "data", "s-1", state=MountState.FAILED, error="the key is wrong")
         one.told.add("elsewhere", "other", "s-9")
         one.told.said.append("1 mount has failed.")
-        two.told.add("minio", "models", "s-3")
+        two.told.draining = True
+        plan = two.told.add("minio", "models", "s-3")
+        two.told.usages[plan.key] = Usage(PROCESS, time.time(), rss=9_000_000, threads=5, cpu_seconds=0.25, fds=11)
 
         async def told() -> bool:
             return (await proxy.storage_status(mounts=MountsWanted.NONE)).volumes[0].mounts == 3
@@ -90,6 +94,7 @@ async def test_volumes_nodes_and_mounts_are_summed(proxy: ProxyClient, server: R
         ]
         assert set(status.nodes[0].volumes) == {"minio"}, "volumes of another type are none of its business"
         assert status.nodes[0].warnings == ["1 mount has failed."]
+        assert [node.draining for node in status.nodes] == [False, True]
         assert 0 <= status.nodes[0].heartbeat_age_seconds < 5
         assert (status.stale, status.error, status.age_seconds, status.unreadable) == (False, None, 0.0, 0)
         failed, *rest = status.mounts
@@ -101,7 +106,18 @@ async def test_volumes_nodes_and_mounts_are_summed(proxy: ProxyClient, server: R
         )
         assert (failed.driver, failed.pid, failed.sessions, failed.stale) == ("s3fs", 4711, ["s-1"], False)
         assert [(mount.agent_id, mount.sessions) for mount in rest] == [("node-1", ["s-1", "s-2"]), ("node-2", ["s-3"])]
+        assert (rest[0].usage, rest[0].trouble) == (None, None)
+        usage = rest[1].usage
+        assert usage is not None
+        assert (usage.rss, usage.threads, usage.cpu_seconds, usage.fds, usage.pss) == (9_000_000, 5, 0.25, 11, None)
         assert [m.key for m in (await proxy.storage_status(mounts=MountsWanted.TROUBLED)).mounts] == [failed.key]
+        two.told.entries[plan.key].trouble = "S3 refuses the key."
+
+        async def troubled() -> bool:
+            found = (await proxy.storage_status(mounts=MountsWanted.TROUBLED)).mounts
+            return [mount.trouble for mount in found] == [None, "S3 refuses the key."]
+
+        await until(troubled)
         assert (await proxy.storage_status(mounts=MountsWanted.NONE)).mounts == []
 
 
