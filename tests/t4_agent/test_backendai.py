@@ -24,12 +24,13 @@ import pytest_asyncio
 import redis.asyncio as redis
 
 from agent_plugin.config import AgentConfig
+from agent_plugin.containers.backendai import AgentHook, GrantHook, PathHook
 from agent_plugin.containers.backendai.kernels import parse_broadcast, parse_entry
 from agent_plugin.containers.backendai.places import FolderPlace, valid_name
 from agent_plugin.kernel import autofs, entries_below
 from storage_proxy.client.agent import AgentClient
-from storage_proxy.client.manager import Folder
-from storage_proxy.core.errors import MountNotPermitted
+from storage_proxy.client.manager import Folder, MountAsked
+from storage_proxy.core.errors import MountNotPermitted, VFolderNotFound
 from storage_proxy.core.ids import VFolderID
 from storage_proxy.s3 import S3Client
 from tests.conftest import S3Server
@@ -174,7 +175,7 @@ def bind(path: Path, *, read_only: bool = False) -> tuple[str, ...]:
     return ("--volume", f"{path}:/data{':ro' if read_only else ''}")
 
 
-async def gone(stand: Stand, seconds: float = 15.0) -> None:
+async def gone(stand: Stand, seconds: float = 30.0) -> None:
     """Waits until nothing of any folder is left, here and at the manager extension."""
 
     async def clean() -> bool:
@@ -293,7 +294,7 @@ async def test_containers_bind_by_path_and_share_the_mount(
     assert len(stand.node.processes()) == 2, "one for each folder"
     # Held by containers, so idle time passes without any effect, however often.
     await podman.remove(third)
-    await until(lambda: len(stand.node.processes()) == 1, "what nobody holds is released")
+    await until(lambda: len(stand.node.processes()) == 1, "what nobody holds is released", 20.0)
     assert await podman.execute(first, "cat /data/r.txt") == (0, "result\n")
     await podman.remove(first)
     assert await podman.execute(second, "cat /data/r.txt") == (0, "result\n")
@@ -355,7 +356,7 @@ async def test_the_agent_may_be_killed_and_come_again(stand: Stand, podman: Podm
         assert await podman.execute(name, "cat /data/hello.txt") == (0, "hello from data/")
         assert session in await stand.sessions(), "the same grant, the same mount"
         assert len(stand.node.shown()) == 2
-        await until(lambda: stand.node.shown() == [str(data)], "the other one is idle")
+        await until(lambda: stand.node.shown() == [str(data)], "the other one is idle", 20.0)
         await podman.remove(name)
         await gone(stand)
 
@@ -421,6 +422,38 @@ async def test_an_operator_may_detach_a_folder(stand: Stand) -> None:
     assert await stand.sessions() != [session]
 
 
+# --- hooks ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_compute_agent_of_ones_own_asks_by_hooks(stand: Stand) -> None:
+    vfid, kernel = VFolderID.parse(stand.data.vfid), uuid.uuid4().hex
+    by_path: AgentHook = PathHook(stand.node.root)
+    path = await by_path.acquire(vfid, kernel)
+    assert path == stand.node.path(stand.data)
+    assert (path / "hello.txt").read_text() == "hello from data/"
+    assert await by_path.acquire(vfid, kernel) == path
+    await by_path.release(kernel)
+    with pytest.raises(VFolderNotFound):
+        await by_path.acquire(VFolderID.new(vfid.scope), kernel)
+    async with AgentClient(stand.node.socket) as agent, stand.manager.client(ADMIN, "admin") as admin:
+
+        async def grant(vfid: VFolderID, kernel_id: str) -> str:
+            asked = MountAsked(folder=vfid.hex, target="/home/work/data")
+            plan = await admin.create_session(AGENT_ID, [asked], session_id=kernel_id, uid=1000, gid=1000)
+            return plan.mounts[0].grant
+
+        by_grant: AgentHook = GrantHook(agent, grant)
+        bound = await by_grant.acquire(vfid, kernel)
+        assert bound != path
+        assert (bound / "hello.txt").read_text() == "hello from data/"
+        assert await by_grant.acquire(vfid, kernel) == bound, "repeating it is harmless"
+        assert len(stand.node.processes()) == 1, "same folder, same owner, same keys: one mount"
+        for _ in range(2):
+            await by_grant.release(kernel)
+        assert not bound.exists()
+        assert (path / "hello.txt").read_text() == "hello from data/", "the other one holds it still"
+
+
 # --- events of Backend.AI ---------------------------------------------------------------------------------------------
 
 
@@ -469,10 +502,11 @@ async def test_the_end_of_a_kernel_releases_its_folders(stand: Stand, podman: Po
                 lambda: client.publish("events_all", broadcast("kernel_terminated", "json")),
             ):
                 name = await podman.start(options=bind(data))
+                await client.publish("events_all", broadcast("kernel_started", "json"))
                 await podman.remove(name)
                 assert len(stand.node.shown()) == 2, "idle for ten minutes, were there no event"
                 await send()
-                await until(lambda: stand.node.shown() == [str(other)], "it is released")
+                await until(lambda: stand.node.shown() == [str(other)], "it is released", 20.0)
             assert await podman.execute(held, "cat /data/hello.txt") == (0, "hello from other/")
             # Backend.AI's own reader gets every entry, and ours has left no trace.
             answer: Any = await client.xreadgroup("manager", "m1", {"events": ">"}, count=10)

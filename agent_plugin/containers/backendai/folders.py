@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from storage_proxy.client import ManagerClient
@@ -25,6 +26,7 @@ from storage_proxy.core.logs import get_logger
 from storage_proxy.core.wire import MountState
 
 from ...attachments import Attachments
+from ...drivers import MountPlan
 from ...events import Event, EventKind
 from ...journal import AttachmentRecord
 from ...kernel import MountEntry, entries_at, read_mountinfo, top_at
@@ -42,20 +44,24 @@ log = get_logger(__name__)
 SESSION_PREFIX = "node-wide-"
 _KERNEL_SECONDS = 5.0
 _SCAN_SECONDS = 10.0
-# Between the look-up that mounted a folder and the container's own bind of it lies the start of a container.
-_YOUNG_SECONDS = 2.0
+# Whoever looked a folder up finds it gone again, if it is released before they have run; on a busy host that may take a
+# while. One that a container has held is known to have been found.
+_YOUNG_SECONDS = 5.0
 _END_SECONDS = 10.0
 
 
 @dataclass(slots=True)
 class _Folder:
-    """One place. `used`: when it was last mounted, held or asked for (monotonic seconds)."""
+    """One place. `used`: when it was last mounted or held (monotonic seconds); look-ups of what is mounted the kernel
+    counts.
+    """
 
     place: FolderPlace
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     session: SessionID | None = None
     mounted: float = 0.0
     used: float = 0.0
+    held: bool = False  # since it was mounted
     releasing: bool = False
 
 
@@ -95,10 +101,15 @@ class NodeFolders:
         if event.kind is EventKind.STATE and event.new in (MountState.DRAINING, MountState.ABSENT):
             self._hint.set()
 
-    def kernel_ended(self, event: KernelEvent) -> None:
-        """A container that may have held folders is gone: release at once what nobody holds."""
-        log.debug("kernel ended", kernel_id=event.kernel_id)
-        self._release_soon()
+    def kernel_event(self, event: KernelEvent) -> None:
+        """When a kernel has started, its container holds its folders; when it has ended, release at once what nobody
+        holds.
+        """
+        log.debug("kernel event", name=event.name, kernel_id=event.kernel_id)
+        if event.ended:
+            self._release_soon()
+        else:
+            self._hint.set()
 
     def _release_soon(self) -> None:
         self._at_once = True
@@ -125,10 +136,10 @@ class NodeFolders:
                 return FolderPlace.of_vfid(root, item.vfid)
         return None
 
-    def _attachment(self, folder: _Folder) -> AttachmentRecord | None:
-        for item, _ in self._attachments.attachments():
+    def _attachment(self, folder: _Folder) -> tuple[AttachmentRecord, MountPlan] | None:
+        for item, plan in self._attachments.attachments():
             if item.session == folder.session and folder.place.is_of(item.vfid):
-                return item
+                return item, plan
         return None
 
     # --- look-ups -----------------------------------------------------------------------------------------------------
@@ -139,25 +150,31 @@ class NodeFolders:
         Raises `NotFound` for what the manager extension does not know, `Forbidden` for what it does not open to this
         node, and everything that an attach raises.
         """
-        folder = self._folders.setdefault(place, _Folder(place))
-        try:
+        while True:
+            folder = self._folders.setdefault(place, _Folder(place))
             async with folder.lock:
-                source = await self._attached(folder)
-                tree = self._trees[place.root]
-                # Under the lock: a release that begins now finds it mounted.
-                await off_loop("the mount of a folder", _KERNEL_SECONDS, lambda: tree.mount_leaf(place, source))
+                if self._folders.get(place) is not folder:
+                    continue  # it was released while this waited for the lock
+                try:
+                    source = await self._attached(folder)
+                    # Under the lock: a release that begins now finds it mounted.
+                    mount = partial(self._trees[place.root].mount_leaf, place, source)
+                    await off_loop("the mount of a folder", _KERNEL_SECONDS, mount)
+                except BaseException:
+                    if folder.session is None:
+                        self._folders.pop(place, None)
+                    raise
                 folder.mounted = folder.used = time.monotonic()
-        except BaseException:
-            if folder.session is None and not folder.lock.locked():
-                self._folders.pop(place, None)
-            raise
+                folder.held = False
+                return
 
     async def _attached(self, folder: _Folder) -> Path:
-        if (item := self._attachment(folder)) is not None:
+        if (found := self._attachment(folder)) is not None:
+            item, plan = found
             with contextlib.suppress(NotFound):
-                await self._attachments.repair(item.key)  # of a living one nothing
-            plan = next(plan for other, plan in self._attachments.attachments() if other is item)
-            return Path(self._attachments.spec(item, plan).source)
+                await self._attachments.repair(item.key)  # does nothing to a living one
+            if self._attachment(folder) is not None:
+                return Path(self._attachments.spec(item, plan).source)
         place = folder.place
         given = await self._manager.grant_node_folder(
             self._agent_id, self._volumes[place.root], place.scope, place.folder, timeout=self._deadline
@@ -205,11 +222,11 @@ class NodeFolders:
         for folder in list(self._folders.values()):
             if folder.place in held:
                 folder.used = now
+                folder.held = True
+            elif folder.lock.locked():
                 continue
-            if folder.lock.locked():
-                continue
-            if at_once and now - folder.mounted < min(_YOUNG_SECONDS, self._idle):
-                young = True
+            elif not folder.held and now - folder.mounted < _YOUNG_SECONDS:
+                young = young or at_once
             elif at_once or now - folder.used >= self._idle:
                 await self._let_go(folder, at_once=at_once)
         for tree in self._trees.values():
@@ -221,14 +238,19 @@ class NodeFolders:
         """Makes what is mounted below a root agree with the attachments."""
         shown = await off_loop("a look at the volume roots", _KERNEL_SECONDS, tree.leaves)
         for place, stack in shown.items():
-            folder = self._folders.get(place)
-            if folder is None or (self._attachment(folder) is None and not folder.lock.locked()):
+            folder = self._folders.setdefault(place, _Folder(place))
+            if folder.lock.locked():
+                continue  # somebody looks it up or releases it at this moment
+            async with folder.lock:
+                if self._attachment(folder) is not None:
+                    await self._freshen(folder, stack)
+                    continue
                 # Detached by somebody else: what is still mounted here would fail as soon as its process ends.
                 log.info("a folder without an attachment is unmounted", place=str(place))
                 await self._unmount(place, force=True)
-                self._drop(place)
-            elif not folder.lock.locked():
-                await self._freshen(folder, stack)
+                self._folders.pop(place, None)
+                if folder.session is not None:
+                    self._ending.add(folder.session)
 
     async def _detach_orphans(self) -> None:
         """Attachments that no place shows: of an attach that ended after its look-up had given up on it."""
@@ -324,11 +346,6 @@ class NodeFolders:
         folder.session = None
         self._folders.pop(folder.place, None)
 
-    def _drop(self, place: FolderPlace) -> None:
-        folder = self._folders.pop(place, None)
-        if folder is not None and folder.session is not None:
-            self._ending.add(folder.session)
-
     async def _end_grants(self) -> None:
         """Tells the manager extension what ended; what it does not hear now it hears later."""
         for session in list(self._ending):
@@ -348,14 +365,17 @@ class NodeFolders:
         """Shows at the place what its session bind shows. Propagation does that when a mount is repaired; here is what
         it missed, as when the session bind itself was made anew.
         """
-        item = self._attachment(folder)
-        entry = None if item is None else self._attachments.entry(item.key)
-        if item is None or entry is None or entry.record is None or entry.record.state is not MountState.LIVE:
+        found = self._attachment(folder)
+        if found is None:
             return
-        device, key = entry.record.device, entry.record.key
+        item, plan = found
+        entry = self._attachments.entry(item.key)
+        if entry is None or entry.record is None or entry.record.state is not MountState.LIVE:
+            return
+        device = entry.record.device
         if any(layer.device == device for layer in stack):
             return
-        source = Path(self._attachments.spec(item, entry.record.plan).source)
+        source = Path(self._attachments.spec(item, plan).source)
         tree = self._trees[folder.place.root]
 
         def work() -> bool:
@@ -366,7 +386,7 @@ class NodeFolders:
             return True
 
         if await off_loop("the mount of a folder", _KERNEL_SECONDS, work):
-            log.info("folder shown anew", place=str(folder.place), key=key)
+            log.info("folder shown anew", place=str(folder.place), key=item.key)
 
 
 def _expire(autofs: Autofs, path: Path, device: str, at_once: bool) -> bool:

@@ -33,7 +33,8 @@ log = get_logger(__name__)
 STREAM = "events"
 CHANNEL = "events_all"
 # After these a container of the kernel is gone, or never came.
-ENDS = frozenset({"kernel_terminated", "kernel_cancelled"})
+_ENDS = frozenset({"kernel_terminated", "kernel_cancelled"})
+_STARTS = frozenset({"kernel_started"})
 
 _CONNECT_SECONDS = 5.0
 _BLOCK_SECONDS = 5.0
@@ -47,6 +48,10 @@ class KernelEvent:
 
     name: str
     kernel_id: str
+
+    @property
+    def ended(self) -> bool:
+        return self.name in _ENDS
 
 
 def parse_entry(fields: Mapping[bytes, bytes]) -> KernelEvent | None:
@@ -106,11 +111,11 @@ def _kernel_id(body: object) -> str:
 
 
 class KernelEvents:
-    """Calls `ended(event)` for each kernel that ended. `run` it in a task; it ends when cancelled."""
+    """Calls `tell(event)` for each kernel that started or ended. `run` it in a task; it ends when cancelled."""
 
-    def __init__(self, url: str, ended: Callable[[KernelEvent], None]) -> None:
+    def __init__(self, url: str, tell: Callable[[KernelEvent], None]) -> None:
         self._url = url
-        self._ended = ended
+        self._tell = tell
         self._complained = False
         self.last_error: str | None = None
         self.connected = asyncio.Event()
@@ -180,6 +185,6 @@ class KernelEvents:
                     "an event of Backend.AI was not understood; further ones are passed over", error=str(err)[:200]
                 )
             return
-        if event is not None and event.name in ENDS:
+        if event is not None and event.name in _ENDS | _STARTS:
             with contextlib.suppress(Exception):  # a hint; what comes of it is logged where it is done
-                self._ended(event)
+                self._tell(event)

@@ -87,7 +87,7 @@ async def volume_roots(
         )
         work = [folders.run()]
         if section.events_url is not None:
-            work.append(KernelEvents(section.events_url, folders.kernel_ended).run())
+            work.append(KernelEvents(section.events_url, folders.kernel_event).run())
         tasks = [asyncio.create_task(item, name="volume roots") for item in work]
         try:
             yield folders
