@@ -21,8 +21,7 @@ import pytest_asyncio
 from agent_plugin.attachments import Attachments
 from agent_plugin.config import AgentConfig, ManagerSection
 from agent_plugin.journal import AttachmentRecord, Step
-from agent_plugin.main import running
-from agent_plugin.renewal import Renewals
+from agent_plugin.main import Agent, running
 from storage_proxy.client import ProxyClient
 from storage_proxy.client.agent import AgentClient
 from storage_proxy.client.manager import MountAsked, PlannedMount
@@ -31,7 +30,7 @@ from storage_proxy.core.ids import AccessMode, BucketRef, VFolderID
 from storage_proxy.core.secrets import Secret
 from storage_proxy.core.wire import MountRequest, MountState, S3Credential
 from storage_proxy.s3 import S3Client
-from storage_proxy.s3.scoped import ScopedIssuer
+from storage_proxy.s3.scoped import POLICY_NAME, ScopedIssuer, policy_for
 from tests.conftest import S3Server
 from tests.t3_api import manager_stack, proxy_stand
 
@@ -203,6 +202,7 @@ async def cluster(s3_server: S3Server, s3: S3Client, bucket: str, tmp_path: Path
 
 
 @pytest.mark.semantics(17)
+@pytest.mark.semantics(17)
 @pytest.mark.expects_log("a mount process does not serve")  # for a moment, where the machine is busy
 async def test_three_renewals_without_a_failed_open(cluster: Cluster, node: Node) -> None:
     """Keys are made, replaced and revoked by the storage proxy; the session's container notices nothing."""
@@ -257,6 +257,7 @@ async def test_three_renewals_without_a_failed_open(cluster: Cluster, node: Node
 # --- what a renewal does to files -------------------------------------------------------------------------------------
 
 
+@pytest.mark.semantics(17)
 async def test_open_files_go_on_and_the_old_key_may_end(node: Node, keys: Keys, s3: S3Client) -> None:
     work, first = Work(node, keys.bucket), await keys.new(3600)
     await s3.put(keys.bucket, "data/later.txt", b"not looked at before")
@@ -326,22 +327,17 @@ async def test_grants_that_renew_nothing(node: Node, keys: Keys) -> None:
 
 @asynccontextmanager
 async def asking(
-    attachments: Attachments, source: Callable[[AttachmentRecord], object], **options: object
-) -> AsyncIterator[Renewals]:
-    """Renewals with another source of grants than a manager extension."""
+    node: Node, source: Callable[[], PlannedMount], *, wall: Callable[[], float] = time.time, **settings: object
+) -> AsyncIterator[tuple[AgentClient, Agent]]:
+    """An agent with another source of grants than a manager extension, and another clock."""
 
-    async def ask(item: AttachmentRecord) -> PlannedMount:
-        answer = source(item)
-        assert isinstance(answer, PlannedMount)
-        return answer
+    async def ask(_: AttachmentRecord) -> PlannedMount:
+        return source()
 
-    renewals = Renewals(attachments, attachments._mounter, attachments._verifier, ask, **options)  # type: ignore[arg-type]
-    task = asyncio.create_task(renewals.run())
-    try:
-        yield renewals
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
+    config = node.config(**settings)
+    async with running(config) as agent, agent.server, AgentClient(node.socket) as client:
+        agent.renewals._source, agent.renewals._wall, agent.renewals._look = ask, wall, 0.05
+        yield client, agent
 
 
 @pytest.mark.expects_log("credential not renewed")
@@ -349,22 +345,30 @@ async def test_a_manager_that_is_away_is_asked_again(node: Node, keys: Keys) -> 
     work, calls = Work(node, keys.bucket), 0
     second = await keys.new(3600)
 
-    def source(_: AttachmentRecord) -> PlannedMount:
+    def source() -> PlannedMount:
         nonlocal calls
         calls += 1
         if calls == 1:
             raise ServiceUnavailable("The manager extension does not answer.")
         return work.planned(second)
 
-    async with node.manager() as (client, attachments):
+    async with asking(node, source) as (client, agent):
         bind = await client.attach(work.grant(await keys.new(4)))
-        async with asking(attachments, source) as renewals:
-            await until(lambda: renewals.warnings() != [], "it is a warning")
-            (warning,) = renewals.warnings()
-            assert "which ends in" in warning
-            assert "does not answer" in warning
-            await until(lambda: ends(attachments) == second.expires_at, "it is renewed")
-            await until(lambda: renewals.warnings() == [], "the warning is gone")
+
+        async def warnings() -> str:
+            return " ".join((await client.status()).warnings)
+
+        async def warned() -> bool:
+            return "which ends in" in await warnings()
+
+        await until_async(warned, "it is a warning")
+        assert "does not answer" in await warnings()
+        await until(lambda: ends(agent.attachments) == second.expires_at, "it is renewed")
+
+        async def well() -> bool:
+            return await warnings() == ""
+
+        await until_async(well, "the warning is gone")
         assert await off(lambda: read(bind.source)) == TEXT
         await client.detach_session(work.session)
     assert node.residue() == {}
@@ -372,28 +376,80 @@ async def test_a_manager_that_is_away_is_asked_again(node: Node, keys: Keys) -> 
 
 async def test_a_clock_that_jumps_is_noticed(node: Node, keys: Keys) -> None:
     """As after a sleep of the machine: the time is over or almost, whatever was waited for."""
-    work, jump = Work(node, keys.bucket), 0.0
+    work, jump, asked = Work(node, keys.bucket), 0.0, asyncio.Event()
     fresh = await keys.new(7200)
-    async with node.manager() as (client, attachments):
+
+    def source() -> PlannedMount:
+        asked.set()
+        return work.planned(fresh)
+
+    async with asking(node, source, wall=lambda: time.time() + jump) as (client, agent):
         await client.attach(work.grant(await keys.new(3600)))
-        asked = asyncio.Event()
-
-        def source(_: AttachmentRecord) -> PlannedMount:
-            asked.set()
-            return work.planned(fresh)
-
-        async with asking(attachments, source, wall=lambda: time.time() + jump, look=0.05):
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(asked.wait(), 0.3)
-            jump = 3590.0
-            await asyncio.wait_for(asked.wait(), 5)
-            await until(lambda: ends(attachments) == fresh.expires_at, "it is renewed")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asked.wait(), 0.3)
+        jump = 3590.0
+        await asyncio.wait_for(asked.wait(), 15)
+        await until(lambda: ends(agent.attachments) == fresh.expires_at, "it is renewed")
         await client.detach_session(work.session)
+
+
+async def test_a_key_that_is_revoked_early_is_replaced(node: Node, keys: Keys) -> None:
+    """The watchdog sees that S3 refuses it; there is another one, so the mount lives on."""
+    work, first = Work(node, keys.bucket), await keys.new()
+    fresh = await keys.new()
+    async with asking(node, lambda: work.planned(fresh), s3_check_interval=1.0) as (client, agent):
+        bind = await client.attach(work.grant(first))
+        (pid,) = node.processes()
+        await keys.revoke(first)
+
+        async def reads() -> bool:
+            return await off(lambda: read(bind.source)) == TEXT
+
+        await until_async(reads, "it reads with the other key", 30.0)
+        ((record, _),) = agent.attachments.mounts()
+        assert record.process is not None
+        assert record.process.pid != pid
+        assert record.repairs == 0, "the mount did not die"
+        await client.detach_session(work.session)
+    assert node.residue() == {}
 
 
 @pytest.mark.expects_log("credential not renewed")
 @pytest.mark.expects_log("giving up a mount")
 @pytest.mark.expects_log("a mount could not be repaired yet")
+async def test_a_refused_key_without_another_comes_back_with_s3(
+    node: Node, keys: Keys, s3: S3Client, s3_server: S3Server
+) -> None:
+    """A policy that was changed and put back: the mount was given up meanwhile, and returns by itself."""
+    work, first = Work(node, keys.bucket), await keys.new()
+    user = keys.refs[first.access_key].removeprefix("iam:")
+    policy = json.dumps(policy_for(BucketRef(keys.bucket, "data/"), AccessMode.READ_WRITE))
+    nothing = json.dumps(policy_for(BucketRef(keys.bucket, "elsewhere/"), AccessMode.READ_ONLY, bucket_check=False))
+
+    async def permit(document: str) -> None:
+        values = {"UserName": user, "PolicyName": POLICY_NAME, "PolicyDocument": document}
+        await keys.issuer._call("iam", "PutUserPolicy", values)
+
+    async with node.agent(s3_check_interval=1.0, repair_attempts=2) as client:
+        bind = await client.attach(work.grant(first))
+        await permit(nothing)
+
+        async def is_in(*states: MountState) -> bool:
+            (mount,) = await client.mounts()
+            return mount.state in states
+
+        await until_async(lambda: is_in(MountState.DEAD, MountState.FAILED), "it is given up", 30.0)
+        await permit(policy)
+        await until_async(lambda: is_in(MountState.LIVE), "it is back", 40.0)
+        assert await off(lambda: read(bind.source)) == TEXT
+        await client.detach_session(work.session)
+    await until(lambda: node.residue() == {}, "nothing is left")
+
+
+@pytest.mark.expects_log("credential not renewed")
+@pytest.mark.expects_log("giving up a mount")
+@pytest.mark.expects_log("a mount could not be repaired yet")
+@pytest.mark.semantics(18)
 async def test_an_end_without_a_renewal_is_an_error_and_not_an_empty_folder(node: Node, keys: Keys) -> None:
     work, first = Work(node, keys.bucket), await keys.new(3)
     async with node.agent() as client:
