@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -95,18 +96,23 @@ class AgentService(Protocol):
 
 
 class AgentUnit:
-    """The unit of configs/systemd, as provision.sh installed it."""
+    """The unit of configs/systemd, as provision.sh installed it. It runs on between scenarios with equal settings."""
 
     def __init__(self, node: HostNode, **settings: Any) -> None:
         self._node = node
         self._killed = ""
+        self._began = time.time()
         self.log = Path("/var/log/mooring-vm-agent.log")
-        config = Path("/etc/mooring/agent.toml")
-        config.write_text(_toml(node.config(**settings)))
-        config.chmod(0o600)
+        config, wanted = Path("/etc/mooring/agent.toml"), _toml(node.config(**settings))
+        self._changed = not config.exists() or config.read_text() != wanted
+        if self._changed:
+            config.write_text(wanted)
+            config.chmod(0o600)
 
     async def start(self) -> AgentClient:
-        await systemctl("enable", "--now", UNIT)
+        await systemctl("enable", UNIT)
+        await systemctl("restart" if self._changed else "start", UNIT)
+        self._changed = False
         return await self.answering()
 
     async def answering(self) -> AgentClient:
@@ -140,9 +146,12 @@ class AgentUnit:
         return output
 
     async def close(self) -> None:
-        await command("systemctl", "disable", "--now", UNIT)
-        _, output = await command("journalctl", "--no-pager", "--unit", UNIT, "--boot")
+        arguments = ("--no-pager", "--output=cat", f"--since=@{self._began:.0f}", "--unit", UNIT)
+        _, output = await command("journalctl", *arguments)
         self.log.write_text(output)
+
+    async def stop(self) -> None:
+        await command("systemctl", "stop", UNIT)
 
 
 async def answers(client: AgentClient) -> bool:
@@ -185,8 +194,7 @@ class Host:
 
     async def reader(self, spec: BindSpec, *, mount: str = "") -> Reader:
         """A container that reads its folder without pause; it has read well when this returns."""
-        place = self.node.place / f"log-{len(self.readers)}"
-        place.mkdir()
+        place = Path(tempfile.mkdtemp(prefix="log-", dir=self.node.place))
         log = place / "reads"
         script = (
             'exec >>/log/reads; while :; do if [ "$(cat /data/hello.txt 2>&1)" = "hello from data/" ]; '
@@ -256,6 +264,7 @@ async def running_host(node: HostNode, podman: Podman, folder: str, **settings: 
     """Everything runs; at the end nothing may be left, and the agent's log is on standard output."""
     service = make_service(node, **settings)
     made: Host | None = None
+    clean = False
     try:
         made = Host(node, service, await service.start(), podman, folder)
         yield made
@@ -264,13 +273,17 @@ async def running_host(node: HostNode, podman: Podman, folder: str, **settings: 
         for item in await made.agent.attachments():
             await made.agent.detach_session(item.session_id)
         await until(lambda: node.residue() == {}, "nothing is left behind")
+        clean = True
     finally:
         print(f"--- left: {node.residue()}")
         if made is not None:
             await made.agent.close()
         await service.close()
         print(f"--- the agent's log\n{_tail(service.log)}")
-        wipe(node)
+        if not clean:
+            if isinstance(service, AgentUnit):
+                await service.stop()
+            wipe(node)
 
 
 def _tail(log: Path) -> str:

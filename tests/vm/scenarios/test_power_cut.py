@@ -14,7 +14,7 @@ from storage_proxy.core.errors import TokenInvalid
 from tests.conftest import S3Server
 from tests.t4_agent.podman import Podman
 
-from .host import PLACE, AgentUnit, HostNode, command, make_service, running_host, until, wipe
+from .host import PLACE, AgentUnit, HostNode, command, make_service, running_host, until
 from .load import ACKNOWLEDGED
 from .server import BUCKET
 
@@ -74,7 +74,6 @@ async def test_after(s3_server: S3Server, podman: Podman) -> None:
         await agent.close()
         await service.close()
     await _is_whole(node)
-    wipe(node)
     again = HostNode(s3_server.endpoint.url, s3_server.admin, PLACE / "node")
     async with running_host(again, podman, BUCKET) as host:
         reader = await host.reader(await host.attach())

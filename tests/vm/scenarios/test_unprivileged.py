@@ -37,15 +37,17 @@ async def test_the_socket_is_closed_to_others(host: Host) -> None:
     code, output = await command(*AS_USER, MOORING, "mounts", "ls", "--socket", str(host.node.socket))
     assert code != 0
     assert "Traceback" not in output
-    host.node.runtime.parent.chmod(0o755)
-    host.node.runtime.chmod(0o755)
-    host.node.socket.chmod(0o666)
+    places = (host.node.runtime.parent, host.node.runtime, host.node.socket)
+    modes = [place.stat().st_mode & 0o777 for place in places]
     try:  # a careless chmod opens the way to it, but not the API
+        for place in places:
+            place.chmod(0o777)
         code, output = await command(*AS_USER, MOORING, "mounts", "ls", "--socket", str(host.node.socket))
         assert code != 0
         assert "1234" in output or "may not" in output, output
     finally:
-        host.node.runtime.chmod(0o700)
+        for place, mode in zip(places, modes, strict=True):
+            place.chmod(mode)
 
 
 async def test_a_user_reads_no_credential_and_no_folder(host: Host) -> None:
