@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.errors import MooringError, UsageError
+from ..core.errors import MooringError, TokenExpired, UsageError
 from .connection import (
     ManagerUrlOption,
     StateOption,
@@ -23,7 +23,7 @@ from .output import JsonOption, YesOption, print_json, print_line, print_table, 
 
 if TYPE_CHECKING:
     from ..client.agent import AgentClient
-    from ..client.manager import ManagerClient
+    from ..client.manager import ManagerClient, PlannedMount
     from ..core.wire import BindSpec
     from ..embedded.sessions import SessionResult
 
@@ -106,7 +106,7 @@ async def run(
         try:
             identity = await agent.identity()
             plan = await manager.create_session(identity.agent_id, asked, session_id=session_id, uid=uid, gid=gid)
-            binds: list[BindSpec] = [await agent.attach(mount.grant) for mount in plan.mounts]
+            binds: list[BindSpec] = [await attach_planned(manager, agent, session_id, mount) for mount in plan.mounts]
             result = await runner.run(
                 SessionCommand(
                     argv=command,
@@ -124,6 +124,15 @@ async def run(
     if as_json:
         print_json(_result_json(session_id, choice.runtime.value, binds, result))
     raise typer.Exit(result.exit_code)
+
+
+async def attach_planned(manager: ManagerClient, agent: AgentClient, session_id: str, mount: PlannedMount) -> BindSpec:
+    """Attaches with the grant of the plan, or with a fresh one if the mounts before it took too long."""
+    try:
+        return await agent.attach(mount.grant)
+    except TokenExpired:
+        fresh = await manager.renew_grant(session_id, mount.folder_id)
+        return await agent.attach(fresh.grant)
 
 
 def _result_json(session_id: str, runtime: str, binds: list[BindSpec], result: SessionResult) -> dict[str, object]:

@@ -17,22 +17,36 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from sqlalchemy import select
 
 from agent_plugin.attachments import Attachments
 from agent_plugin.config import AgentConfig, ManagerSection
+from agent_plugin.events import EventKind
 from agent_plugin.journal import AttachmentRecord, Step
 from agent_plugin.main import Agent, running
+from storage_proxy.cli.session import attach_planned
 from storage_proxy.client import ProxyClient
 from storage_proxy.client.agent import AgentClient
 from storage_proxy.client.manager import MountAsked, PlannedMount
-from storage_proxy.core.errors import Conflict, InvalidRequest, NotFound, S3BadCredential, S3Error, ServiceUnavailable
+from storage_proxy.core.errors import (
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    S3BadCredential,
+    S3Error,
+    ServiceUnavailable,
+    TokenExpired,
+)
 from storage_proxy.core.ids import AccessMode, BucketRef, VFolderID
 from storage_proxy.core.secrets import Secret
+from storage_proxy.core.tokens import Purpose, SigningKey, TokenSigner
 from storage_proxy.core.wire import MountRequest, MountState, S3Credential
 from storage_proxy.s3 import S3Client
 from storage_proxy.s3.scoped import POLICY_NAME, ScopedIssuer, policy_for
+from storage_proxy.state import MountCredential
 from tests.conftest import S3Server
 from tests.t3_api import manager_stack, proxy_stand
+from tests.t3_api.test_proxy_credentials import shift
 
 from .crashing_agent import arm
 from .node import AGENT_ID, AgentProcess, Node, until, until_async
@@ -176,17 +190,27 @@ class Cluster:
     manager: manager_stack.Stack
     proxy: proxy_stand.ProxyStand
     config: AgentConfig
+    grant_key: Path
+
+    async def registered(self) -> None:
+        """Until the agent has told the manager extension its key."""
+        async with self.manager.client(manager_stack.ADMIN, "admin") as admin:
+
+            async def known() -> bool:
+                return bool((await admin.agents_page()).items)
+
+            await until_async(known, "the agent is registered")
 
 
 @pytest_asyncio.fixture
 async def cluster(s3_server: S3Server, s3: S3Client, bucket: str, tmp_path: Path, node: Node) -> AsyncIterator[Cluster]:
-    """Keys of mounts live for 5 s here."""
+    """Keys of mounts live for a minute here."""
     config, secrets = proxy_stand.proxy_config(
         tmp_path / "proxy",
         endpoint=s3_server.endpoint.url,
         bucket=bucket,
         credential=s3_server.admin,
-        section={"mount-credential-lifetime": 5},
+        section={"mount-credential-lifetime": 60},
     )
     async with (
         proxy_stand.running(config, secrets, s3, bucket) as stand,
@@ -198,7 +222,8 @@ async def cluster(s3_server: S3Server, s3: S3Client, bucket: str, tmp_path: Path
         token.touch(mode=0o600)
         token.write_text(stack.token(AGENT_ID, "agent"))
         section = ManagerSection.model_validate({"url": stack.url, "token-file": str(token)})
-        yield Cluster(stack, stand, node.config().model_copy(update={"manager": section}))
+        config_of_agent = node.config().model_copy(update={"manager": section})
+        yield Cluster(stack, stand, config_of_agent, tmp_path / "state" / "grant.pem")
 
 
 @pytest.mark.semantics(17)
@@ -213,12 +238,7 @@ async def test_three_renewals_without_a_failed_open(cluster: Cluster, node: Node
         agent.server,
         AgentClient(node.socket) as client,
     ):
-
-        async def registered() -> bool:
-            return bool((await admin.agents_page()).items)
-
-        async with cluster.manager.client(manager_stack.ADMIN, "admin") as admin:
-            await until_async(registered, "the agent is registered")
+        await cluster.registered()
         folder = await alice.create_folder("data", "minio")
         for number in range(3):
             await cluster.proxy.s3.put(
@@ -226,23 +246,28 @@ async def test_three_renewals_without_a_failed_open(cluster: Cluster, node: Node
             )
         plan = await alice.create_session(AGENT_ID, [MountAsked(folder="data", target="/data")], session_id="s1")
         bind = await client.attach(plan.mounts[0].grant)
-        seen = set()
-
-        async def step() -> bool:
-            await credentials.sweep()  # revokes the former keys when their time is over
-            seen.add(ends(agent.attachments))
-            return len(seen) == 4
-
+        jump, renewed = 0.0, asyncio.Event()
+        agent.attachments.listen(lambda event: renewed.set() if event.kind is EventKind.RENEWED else None)
+        agent.renewals._wall, agent.renewals._look = lambda: time.time() + jump, 0.05
         async with reader(bind.source) as told:
-            (first,) = await credentials._issuers["minio"].identities()
-            await until_async(step, "three renewals", 60.0)
-
-            async def gone() -> bool:
-                await credentials.sweep()
-                return first not in await credentials._issuers["minio"].identities()
-
-            await until_async(gone, "the first key is revoked")
-            assert await off(lambda: read(bind.source, "1.txt")) == "text"
+            for _ in range(3):
+                async with cluster.proxy.proxy.database.session() as session:
+                    current = (await session.scalars(select(MountCredential))).one()
+                await shift(
+                    cluster.proxy, current.id, created_at=timedelta(seconds=50), expires_at=timedelta(seconds=50)
+                )
+                jump = 56.0  # the agent thinks so too
+                await asyncio.wait_for(renewed.wait(), 30)
+                renewed.clear()
+                jump = 0.0
+                async with cluster.proxy.proxy.database.session() as session:
+                    retired = (
+                        await session.scalars(select(MountCredential).where(MountCredential.former_of.is_not(None)))
+                    ).one()
+                await shift(cluster.proxy, retired.id, expires_at=timedelta(seconds=60))
+                assert await credentials.sweep() == 1
+                assert await off(lambda: read(bind.source, "1.txt")) == "text"
+            assert len(await credentials._issuers["minio"].identities()) == 1
         assert told["bad"] == []
         assert told["seen"] == ["text"]
         assert isinstance(told["rounds"], int)
@@ -251,6 +276,30 @@ async def test_three_renewals_without_a_failed_open(cluster: Cluster, node: Node
         await client.detach_session("s1")
         await alice.delete_session("s1")
         assert await credentials._issuers["minio"].identities() == []
+    assert node.residue() == {}
+
+
+@pytest.mark.expects_log("token expired")
+async def test_a_grant_that_expired_before_its_attach_is_asked_for_again(cluster: Cluster, node: Node) -> None:
+    """As `mooring session run` does when the mounts before this one took too long."""
+    async with (
+        cluster.manager.client() as alice,
+        running(cluster.config) as agent,
+        agent.server,
+        AgentClient(node.socket) as client,
+    ):
+        await cluster.registered()
+        await alice.create_folder("data", "minio")
+        plan = await alice.create_session(AGENT_ID, [MountAsked(folder="data", target="/data")], session_id="s1")
+        signer = TokenSigner(f"agent:{AGENT_ID}", [SigningKey.ed25519_load_or_create(cluster.grant_key)])
+        late = signer.issue(Purpose.GRANT, "s1", timedelta(seconds=-120), {})
+        with pytest.raises(TokenExpired):
+            await client.attach(late)
+        mount = plan.mounts[0].model_copy(update={"grant": late})
+        bind = await attach_planned(alice, client, "s1", mount)
+        assert bind.target == "/data"
+        await client.detach_session("s1")
+        await alice.delete_session("s1")
     assert node.residue() == {}
 
 
