@@ -33,7 +33,7 @@ from storage_proxy.core.errors import (
     MooringError,
     RecordNotFound,
 )
-from storage_proxy.core.ids import QuotaScopeID, ScopeType, SessionID, VFolderID, parse_session_id
+from storage_proxy.core.ids import MountKey, QuotaScopeID, ScopeType, SessionID, VFolderID, parse_session_id
 from storage_proxy.core.logs import get_logger
 
 from ..attachments import Attachments
@@ -95,6 +95,7 @@ class Volumes:
         self._attaching: dict[str, asyncio.Task[Path]] = {}
         self._established: set[str] = set()  # referred to and seen attached since this agent started
         self._trouble: dict[str, str] = {}
+        self._key_from: dict[MountKey, float] = {}  # when the credential of a mount was read, seconds since the epoch
         self._running: set[asyncio.Task[Any]] = set()  # Any: what a task returns is its caller's affair
 
     async def __aenter__(self) -> Self:
@@ -153,7 +154,7 @@ class Volumes:
 
     def warnings(self) -> list[str]:
         """What an operator should look at."""
-        return [f"Volume {name} is in use and not mounted: {text}" for name, text in sorted(self._trouble.items())]
+        return [f"Volume {name}: {text}" for name, text in sorted(self._trouble.items())]
 
     def _record(self, name: str) -> VolumeRecord:
         record = self._book.get(name)
@@ -237,6 +238,7 @@ class Volumes:
                 async with self._lock(name):
                     await self._book.refer(name, reference)
                     self._established.add(name)
+            self._trouble.pop(name, None)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"Volume {name} was not mounted within {self._config.answer_within:g} s.",
@@ -278,8 +280,22 @@ class Volumes:
         return task
 
     async def _attach(self, record: VolumeRecord) -> Path:
-        place = self._place(record)
-        order = Order(
+        order = self._order(record, self._place(record))
+        begun = time.time()
+        try:
+            spec = await self._attachments.attach_order(order)
+        except AlreadyExists:
+            raise Conflict(
+                f"Volume {record.name} is mounted with other settings than the configuration has now.",
+                hint="Stop all its containers, then start them again.",
+            ) from None
+        self._key_from.setdefault(order.plan.key, begun)
+        source = Path(spec.source)
+        await off_loop("a look at a session bind", KERNEL_SECONDS, lambda: self._binds.check(source))
+        return source
+
+    def _order(self, record: VolumeRecord, place: VolumePlace) -> Order:
+        return Order(
             order_id=f"volume-{uuid.uuid4().hex}",
             session=_session(record.name),
             vfid=_folder(record.name),
@@ -288,17 +304,6 @@ class Volumes:
             expires=time.time() + _ORDER_SECONDS,
             credential=place.read_credential,
         )
-        try:
-            spec = await self._attachments.attach_order(order)
-        except AlreadyExists:
-            raise Conflict(
-                f"Volume {record.name} is mounted with other settings than the configuration has now.",
-                hint="Stop all its containers, then start them again.",
-            ) from None
-        source = Path(spec.source)
-        await off_loop("a look at a session bind", KERNEL_SECONDS, lambda: self._binds.check(source))
-        self._trouble.pop(record.name, None)
-        return source
 
     async def _detach(self, name: str) -> None:
         """Under the lock of the name. What cannot be detached now is tried again by `_watch`."""
@@ -325,7 +330,11 @@ class Volumes:
     async def _watch(self) -> None:
         pause = _FIRST_PAUSE
         while True:
-            agreed = await self._agree()
+            try:
+                agreed = await self._agree()
+            except Exception:  # a bug here must not end it
+                log.exception("volumes could not be compared with their references")
+                agreed = False
             pause = self._interval if agreed else min(pause * 2, self._interval)
             await asyncio.sleep(pause)
 
@@ -335,11 +344,14 @@ class Volumes:
         for record in self._book.all():
             try:
                 await self._agree_on(record.name)
+                self._trouble.pop(record.name, None)
             except MooringError as err:
                 agreed = False
                 if record.name not in self._trouble:
-                    log.warning("a volume that containers use could not be mounted", volume=record.name, error=str(err))
+                    log.warning("a volume in use is not as it should be", volume=record.name, error=str(err))
                 self._trouble[record.name] = str(err)
+        mounted = {mount.key for mount, _ in self._attachments.mounts()}
+        self._key_from = {key: since for key, since in self._key_from.items() if key in mounted}
         return agreed
 
     async def _agree_on(self, name: str) -> None:
@@ -347,23 +359,41 @@ class Volumes:
             record = self._book.get(name)
             if record is None or self._calls[name] or name in self._attaching:
                 return
-            attached = self._attachment(name) is not None
-            if attached or not record.references:
-                self._trouble.pop(name, None)
+            attached = self._attachment(name)
             if not record.references:
-                if attached:
+                if attached is not None:
                     await self._detach(name)
                 return
-            if attached:
+            task = None
+            if attached is not None:
                 self._established.add(name)
-                return
-            if name in self._established:
+            elif name in self._established:
                 self._established.discard(name)
                 await self._book.forget_all(name)
                 log.info("a volume was detached by somebody else: no engine holds it any more", volume=name)
                 return
-            task = self._attach_task(record)
-        await asyncio.shield(task)
+            else:
+                task = self._attach_task(record)
+        if task is not None:
+            await asyncio.shield(task)
+        elif attached is not None:
+            await self._use_fresh_key(record, attached[0])
+
+    async def _use_fresh_key(self, record: VolumeRecord, item: AttachmentRecord) -> None:
+        """An operator who replaced the credential file need not stop containers: their mount gets the new one."""
+        place = self._place(record)
+        if place.plan.key != item.key:
+            return  # the configuration says something else by now; it counts from the next mount on
+        try:
+            changed = place.credential_file.stat().st_ctime
+        except OSError:
+            return  # the mount has what it needs; the next one will complain
+        if changed <= self._key_from.get(item.key, item.since):
+            return
+        begun = time.time()
+        await self._attachments.renew_order(self._order(record, place))
+        self._key_from[item.key] = begun
+        log.info("a volume uses its new credential", volume=record.name, credential=place.credential_name)
 
     # --- plumbing -----------------------------------------------------------------------------------------------------
 

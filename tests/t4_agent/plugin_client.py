@@ -24,15 +24,19 @@ class Engine:
         self._socket = socket
 
     async def call(self, name: str, body: object = None, **headers: str) -> dict[str, Any]:
+        return await self.send(name, b"" if body is None else json.dumps(body).encode(), **headers)
+
+    async def send(self, name: str, data: bytes, **headers: str) -> dict[str, Any]:
         connector = aiohttp.UnixConnector(str(self._socket))
-        async with aiohttp.ClientSession(connector=connector) as session:
-            data = b"" if body is None else json.dumps(body).encode()
-            async with session.post(f"http://plugin/{name}", data=data, headers=headers) as answer:
-                assert answer.headers["Content-Type"] == "application/vnd.docker.plugins.v1.1+json"
-                content: dict[str, Any] = json.loads(await answer.read())
-                if answer.status != 200 or content.get("Err"):
-                    raise PluginError(answer.status, content["Err"])
-                return content
+        async with (
+            aiohttp.ClientSession(connector=connector) as session,
+            session.post(f"http://plugin/{name}", data=data, headers=headers) as answer,
+        ):
+            assert answer.headers["Content-Type"] == "application/vnd.docker.plugins.v1.1+json"
+            content: dict[str, Any] = json.loads(await answer.read())
+            if answer.status != 200 or content.get("Err"):
+                raise PluginError(answer.status, content["Err"])
+            return content
 
     async def create(self, name: str, **options: str) -> None:
         await self.call("VolumeDriver.Create", {"Name": name, "Opts": options})

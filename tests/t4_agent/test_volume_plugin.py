@@ -138,48 +138,44 @@ async def test_the_same_place_is_one_mount_for_volumes_and_another_for_other_mod
         await gone(node)
 
 
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"colour": "red"}, "There is no option 'colour'. Options are volume, bucket, prefix,"),
-        ({"o": "allow_root"}, "There is no option 'o': mount options are the operator's"),
-        ({"secret_key": "hush"}, "The option 'secret_key' is refused: whoever may inspect the volume would read"),
-        ({"passwd_file": "/etc/hush"}, "The option 'passwd_file' is refused"),
-        ({"AWS_ACCESS_KEY_ID": "hush"}, "The option 'AWS_ACCESS_KEY_ID' is refused"),
-        ({"mode": "rwx-hush"}, "mode: "),
-        ({"uid": "-1"}, "uid: write a number"),
-        ({"uid": "4294967295"}, "uid: write a number"),
-        ({"umask": "0999"}, "umask: write it in octal"),
-        ({"bucket": "Not_A_Bucket"}, "is not a valid bucket name"),
-        ({"prefix": "../other"}, "has an empty, '.' or '..' part"),
-        ({"volume": "elsewhere"}, "No volume 'elsewhere' is configured. Take one of: minio."),
-        ({"credential": "root"}, "No credential 'root' is configured. Take one of: all, readers."),
-        ({"bucket": "payroll"}, "Credential all may not be used for s3://payroll/ on volume minio."),
-        ({"credential": "readers", "prefix": "other", "mode": "ro"}, "Credential readers may not be used for"),
-        ({"credential": "readers", "prefix": "datamine", "mode": "ro"}, "Credential readers may not be used for"),
-        (
-            {"credential": "readers", "prefix": "data"},
-            "Credential readers is for reading only. Add the option mode=ro.",
-        ),
-    ],
-)
-async def test_wrong_options(node: Node, folder: str, engine: Engine, options: dict[str, str], text: str) -> None:
+WRONG_OPTIONS: list[tuple[dict[str, str], str]] = [
+    ({"colour": "red"}, "There is no option 'colour'. Options are volume, bucket, prefix,"),
+    ({"o": "allow_root"}, "There is no option 'o': mount options are the operator's"),
+    ({"secret_key": "hush"}, "The option 'secret_key' is refused: whoever may inspect the volume would read"),
+    ({"passwd_file": "/etc/hush"}, "The option 'passwd_file' is refused"),
+    ({"AWS_ACCESS_KEY_ID": "hush"}, "The option 'AWS_ACCESS_KEY_ID' is refused"),
+    ({"mode": "rwx-hush"}, "mode: "),
+    ({"uid": "-1"}, "uid: write a number"),
+    ({"uid": "4294967295"}, "uid: write a number"),
+    ({"umask": "0999"}, "umask: write it in octal"),
+    ({"bucket": "Not_A_Bucket"}, "is not a valid bucket name"),
+    ({"prefix": "../other"}, "has an empty, '.' or '..' part"),
+    ({"volume": "elsewhere"}, "No volume 'elsewhere' is configured. Take one of: minio."),
+    ({"credential": "root"}, "No credential 'root' is configured. Take one of: all, readers."),
+    ({"bucket": "payroll"}, "Credential all may not be used for s3://payroll/ on volume minio."),
+    ({"credential": "readers", "prefix": "other", "mode": "ro"}, "Credential readers may not be used for"),
+    ({"credential": "readers", "prefix": "datamine", "mode": "ro"}, "Credential readers may not be used for"),
+    (
+        {"credential": "readers", "prefix": "data"},
+        "Credential readers is for reading only. Add the option mode=ro.",
+    ),
+]
+
+
+async def test_wrong_options_and_names(node: Node, folder: str, engine: Engine) -> None:
     async with node.agent(volume_plugin=plugin(node, folder)):
-        with pytest.raises(PluginError, match=re.escape(text)) as caught:
-            await engine.create("v", **options)
-        assert caught.value.status == 500
-        assert "hush" not in str(caught.value)
+        for options, text in WRONG_OPTIONS:
+            with pytest.raises(PluginError, match=re.escape(text)) as caught:
+                await engine.create("v", **options)
+            assert caught.value.status == 500
+            assert "hush" not in str(caught.value)
+        for name in ("", "../../etc", "a/b", ".hidden", "x" * 200, "a b"):
+            with pytest.raises(PluginError, match="is not a name for a volume"):
+                await engine.create(name)
+            with pytest.raises(PluginError, match="There is no volume"):
+                await engine.mount(name, "id")
+            await engine.unmount(name, "id")
         assert await engine.call("VolumeDriver.List", {}) == {"Volumes": []}
-
-
-@pytest.mark.parametrize("name", ["", "../../etc", "a/b", ".hidden", "x" * 200, "a b"])
-async def test_wrong_names(node: Node, folder: str, engine: Engine, name: str) -> None:
-    async with node.agent(volume_plugin=plugin(node, folder)):
-        with pytest.raises(PluginError, match="is not a name for a volume"):
-            await engine.create(name)
-        with pytest.raises(PluginError, match="There is no volume"):
-            await engine.mount(name, "id")
-        await engine.unmount(name, "id")
 
 
 @pytest.mark.semantics(5)
@@ -285,6 +281,17 @@ async def ask_as(uid: int, place: Path) -> str:
     return output.decode()
 
 
+async def test_nonsense_is_answered_as_the_protocol_says(node: Node, folder: str, engine: Engine) -> None:
+    async with node.agent(volume_plugin=plugin(node, folder)):
+        for body in (b"", b"{", b"[]", b"null", b'"v"', b'{"Name": 7}', b"\xff\xfe", b"[" * 9999):
+            for call in ("Create", "Get", "Mount", "Path", "Remove", "Unmount"):
+                with pytest.raises(PluginError, match=r"is not valid|must be a JSON object"):
+                    await engine.send(f"VolumeDriver.{call}", body)
+        with pytest.raises(PluginError, match="is not valid"):
+            await engine.call("VolumeDriver.Create", {"Name": "v", "Opts": {"uid": 1}})
+        assert await engine.call("VolumeDriver.List", {}) == {"Volumes": []}
+
+
 async def test_an_engine_that_hangs_up(node: Node, folder: str, engine: Engine) -> None:
     """Without a word, in the middle of a request or of a mount: nothing is left, and the plugin goes on."""
     async with node.agent(volume_plugin=plugin(node, folder)):
@@ -373,7 +380,7 @@ async def test_what_an_engine_holds_is_mounted_again(node: Node, folder: str, en
 
 
 @pytest.mark.expects_log("retry_scheduled")
-@pytest.mark.expects_log("a volume that containers use could not be mounted")
+@pytest.mark.expects_log("a volume in use is not as it should be")
 async def test_a_server_that_is_away_at_the_start(node: Node, folder: str, engine: Engine) -> None:
     async with FaultProxy(node.endpoint) as proxy:
         section = plugin(node, folder)
@@ -389,6 +396,44 @@ async def test_a_server_that_is_away_at_the_start(node: Node, folder: str, engin
             await until_async(lambda: _well(engine, "v"), "and well")
             await engine.unmount("v", "id")
             await gone(node)
+
+
+async def test_an_attachment_that_no_engine_was_told_of_is_released(node: Node, folder: str, engine: Engine) -> None:
+    """What an agent leaves that is killed after it mounted and before it answered."""
+    async with node.agent(volume_plugin=plugin(node, folder), stop_mounts_on_exit=False):
+        await engine.create("v", prefix="data")
+        place = await engine.mount("v", "id")
+    book = await VolumeBook.open(node.place / "state" / "volumes.json")
+    await book.forget("v", "id")
+    await book.close()
+    assert (place / "hello.txt").exists()
+    async with node.agent(volume_plugin=plugin(node, folder), stop_mounts_on_exit=False):
+        await gone(node)
+        assert (await engine.get("v"))["Mountpoint"] == ""
+
+
+@pytest.mark.expects_log("a volume in use is not as it should be")
+async def test_a_replaced_credential_file_is_used_without_stopping_containers(
+    node: Node, folder: str, engine: Engine
+) -> None:
+    async with node.agent(volume_plugin=plugin(node, folder), reconcile_interval=1.0) as agent:
+        await engine.create("v", prefix="data")
+        place = await engine.mount("v", "id")
+        (before,) = node.processes()
+        wrong = S3Credential(access_key="NOBODY", secret_key=node.credential.secret_key)
+        write_key(node.place / "volumes.key", wrong)
+        await until_async(lambda: _in_trouble(engine, "v"), "the wrong key is shown")
+        assert "does not accept this credential" in (await engine.get("v"))["Status"]["error"]
+        assert (place / "hello.txt").exists(), "the mount goes on with the old one"
+        assert node.processes() == [before]
+        write_key(node.place / "volumes.key", node.credential)
+        await another(node, before)
+        await until_async(lambda: _well(engine, "v"), "well again")
+        assert (place / "hello.txt").read_text() == "hello from data/"
+        (mount,) = await agent.mounts()
+        assert mount.sessions[0].startswith("vol-v-")
+        await engine.unmount("v", "id")
+        await gone(node)
 
 
 async def _in_trouble(engine: Engine, name: str) -> bool:
@@ -593,12 +638,12 @@ async def test_podman_containers_recover_from_a_crash(node: Node, folder: str, e
                 await process.kill()
                 client = await process.start()
             for name in names:
-                await until_async(lambda name=name: _reads(podman, name), "the container reads", 20.0)
+                await until_reads(podman, name)
             (pid,) = node.processes()
             os.kill(pid, signal.SIGKILL)
-            await until(lambda pid=pid: _another(node, pid), "another mount process")
+            await another(node, pid)
             for name in names:
-                await until_async(lambda name=name: _reads(podman, name), "the container reads again", 20.0)
+                await until_reads(podman, name)
         (item,) = await client.attachments()
         assert item.source is not None
         assert len(entries_at(item.source)) == 3, "two stacked on the first"
@@ -613,12 +658,16 @@ async def test_podman_containers_recover_from_a_crash(node: Node, folder: str, e
         await process.close()
 
 
-def _another(node: Node, pid: int) -> bool:
-    running = node.processes()
-    return bool(running) and pid not in running
+async def another(node: Node, pid: int) -> None:
+    """Until another mount process than this one runs."""
+    await until(lambda: bool(set(node.processes()) - {pid}), "another mount process", 30.0)
 
 
-async def _reads(podman: Podman, name: str) -> bool:
-    """The last three reads of the loop in the container went well."""
-    code, output = await podman.execute(name, "/bin/busybox tail -n 3 /tmp/seen")
-    return code == 0 and output.split() == ["y", "y", "y"]
+async def until_reads(podman: Podman, name: str) -> None:
+    """Until the last three reads of the loop in the container went well."""
+
+    async def reads() -> bool:
+        code, output = await podman.execute(name, "/bin/busybox tail -n 3 /tmp/seen")
+        return code == 0 and output.split() == ["y", "y", "y"]
+
+    await until_async(reads, f"container {name} reads", 30.0)
