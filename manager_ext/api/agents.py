@@ -23,6 +23,7 @@ class AgentHandlers:
             web.put("/v1/agents/{agent}", self.register),
             web.get("/v1/agents", self.page),
             web.post(folders, self.grant_folder),
+            web.get(folders, self.folders),
             web.delete(f"{folders}/{{session}}", self.end_folder),
         ]
 
@@ -41,6 +42,11 @@ class AgentHandlers:
         agent_id = parse_agent_id(request.match_info["agent"])
         body = await read_json(request, NodeFolderRequest)
         return json_answer(await self._node_folders.grant(caller(request), agent_id, body), status=201)
+
+    @require("agent")
+    async def folders(self, request: web.Request) -> web.Response:
+        agent_id = parse_agent_id(request.match_info["agent"])
+        return json_answer(await self._node_folders.page(caller(request), agent_id, read_query(request, PageQuery)))
 
     @require("agent")
     async def end_folder(self, request: web.Request) -> web.Response:

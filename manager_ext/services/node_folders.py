@@ -15,7 +15,15 @@ from collections.abc import Mapping
 
 from sqlalchemy import select
 
-from storage_proxy.client.manager import CreateSessionRequest, MountAsked, NodeFolder, NodeFolderRequest
+from storage_proxy.client.manager import (
+    CreateSessionRequest,
+    HeldNodeFolder,
+    MountAsked,
+    NodeFolder,
+    NodeFolderRequest,
+    NodeFoldersPage,
+    PageQuery,
+)
 from storage_proxy.core.errors import Forbidden, MooringError, VFolderNotFound
 from storage_proxy.core.ids import VFolderID
 from storage_proxy.core.logs import get_logger
@@ -26,6 +34,7 @@ from ..models import FolderRow, SessionMountRow, SessionRow
 from ..models.folders import FolderState
 from .agents import Agents
 from .caller import Caller
+from .paging import decode_cursor, encode_cursor
 from .proxies import Proxies
 from .sessions import NODE_OWNER, NODE_SESSION_PREFIX, Sessions
 
@@ -111,6 +120,29 @@ class NodeFolders:
             grant=mount.grant,
             expires_at=mount.expires_at,
         )
+
+    async def page(self, caller: Caller, agent_id: str, query: PageQuery) -> NodeFoldersPage:
+        """What `grant` gave to the agent and was not ended. Raises `Forbidden`."""
+        await self._agents.check_own(caller, agent_id)
+        statement = (
+            select(SessionRow)
+            .where(SessionRow.owner == NODE_OWNER, SessionRow.agent_id == agent_id)
+            .order_by(SessionRow.id)
+            .limit(query.limit + 1)
+        )
+        if query.cursor:
+            statement = statement.where(SessionRow.id > decode_cursor(query.cursor, 1)[0])
+        async with self._db.session() as session:
+            rows = (await session.scalars(statement)).all()
+        items = [
+            HeldNodeFolder(
+                session_id=row.id, vfid=mount.vfid, volume=mount.volume, mode=mount.mode, created_at=row.created_at
+            )
+            for row in rows[: query.limit]
+            for mount in row.mounts
+        ]
+        more = len(rows) > query.limit
+        return NodeFoldersPage(items=items, next_cursor=encode_cursor([rows[query.limit - 1].id]) if more else None)
 
     async def end(self, caller: Caller, agent_id: str, session_id: str) -> None:
         """Revokes what `grant` gave. Idempotent: a session that is not there, or is none of this agent's folders,

@@ -266,6 +266,21 @@ class NodeFolder(Wire):
     expires_at: datetime
 
 
+class HeldNodeFolder(Wire):
+    """A folder that was granted to a node and not taken back."""
+
+    session_id: str
+    vfid: str
+    volume: str
+    mode: AccessMode
+    created_at: datetime
+
+
+class NodeFoldersPage(Wire):
+    items: list[HeldNodeFolder]
+    next_cursor: str | None = None
+
+
 # --- sessions ---------------------------------------------------------------------------------------------------------
 
 
@@ -483,6 +498,18 @@ class ManagerClient(HttpService):
         path = f"/v1/agents/{segment(agent_id)}/folders"
         # A repeated call replaces what the first one gave.
         return await self.post(path, NodeFolder, body=body, timeout=timeout, idempotent=True)
+
+    async def node_folders(self, agent_id: str) -> AsyncIterator[HeldNodeFolder]:
+        """Every folder that was granted to the node and not taken back."""
+        cursor: str | None = None
+        while True:
+            query = {"cursor": cursor, "limit": MAX_PAGE}
+            page = await self.get(f"/v1/agents/{segment(agent_id)}/folders", NodeFoldersPage, query=query)
+            for folder in page.items:
+                yield folder
+            if not page.next_cursor:
+                return
+            cursor = page.next_cursor
 
     async def end_node_folder(self, agent_id: str, session_id: str) -> None:
         """Revokes it. Idempotent."""

@@ -133,6 +133,11 @@ async def test_a_new_grant_ends_the_former_one(stack: Stack, proxy: FakeProxy) -
         assert first.session_id != second.session_id
         with pytest.raises(RecordNotFound):
             await admin.session(first.session_id)
+        held = [item async for item in agent.node_folders(AGENT_ID)]
+        assert [(item.session_id, item.vfid) for item in held] == [(second.session_id, str(data))]
+        async with stack.client("node-2", "agent") as other:
+            with pytest.raises(Forbidden):
+                [item async for item in other.node_folders(AGENT_ID)]
         assert (await admin.session(second.session_id)).agent_id == AGENT_ID
         assert len(proxy.revoked) == 1, "the keys of the first one"
 

@@ -361,6 +361,19 @@ async def test_the_agent_may_be_killed_and_come_again(stand: Stand, podman: Podm
         await gone(stand)
 
 
+@pytest.mark.parametrize("stand", [{"stop_mounts_on_exit": True}], indirect=True)
+async def test_a_grant_whose_end_was_never_told_is_ended(stand: Stand) -> None:
+    assert await _works(stand)
+    await stand.agent.kill()
+    assert len(await stand.sessions()) == 1
+    async with await stand.agent.start():
+
+        async def ended() -> bool:
+            return await stand.sessions() == []
+
+        await until_async(ended, "the new agent ends what it does not know", 40.0)
+
+
 async def test_a_look_up_ends_when_the_agent_is_killed_meanwhile(stand: Stand) -> None:
     asked, never = asyncio.Event(), asyncio.Event()
 

@@ -48,6 +48,8 @@ _SCAN_SECONDS = 10.0
 # while. One that a container has held is known to have been found.
 _YOUNG_SECONDS = 5.0
 _END_SECONDS = 10.0
+_ASK_AGAIN_SECONDS = 3600.0
+_RETRY_SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -195,6 +197,8 @@ class NodeFolders:
 
     async def run(self) -> None:
         """Releases what is idle, until it is cancelled."""
+        asked_again = 0.0
+        self._hint.set()
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(max(self._idle / 4, 0.2), 30.0)):
@@ -202,6 +206,9 @@ class NodeFolders:
             self._hint.clear()
             at_once, self._at_once = self._at_once, False
             try:
+                if time.monotonic() >= asked_again:
+                    heard = await self._end_unknown()
+                    asked_again = time.monotonic() + (_ASK_AGAIN_SECONDS if heard else _RETRY_SECONDS)
                 young = await self._sweep(at_once=at_once)
             except MooringError as err:
                 log.warning("the volume roots could not be looked through", error=str(err))
@@ -345,6 +352,23 @@ class NodeFolders:
             self._ending.add(session)
         folder.session = None
         self._folders.pop(folder.place, None)
+
+    async def _end_unknown(self) -> bool:
+        """Ends the grants that this agent does not know of: a former one was killed, or lost its journal, before it
+        could tell their end, and they keep folders from being deleted. False if the manager extension did not answer.
+        """
+        try:
+            held = [item async for item in self._manager.node_folders(self._agent_id)]
+        except MooringError as err:
+            log.info("the manager extension was not asked what it holds for this node", error=str(err))
+            return False
+        # A look-up that is under way has its place here before it asks for a grant.
+        known = {(place.scope, place.folder) for place in self._folders}
+        for item in held:
+            vfid = VFolderID.parse(item.vfid)
+            if (vfid.scope.hex, vfid.hex) not in known:
+                self._ending.add(SessionID(item.session_id))
+        return True
 
     async def _end_grants(self) -> None:
         """Tells the manager extension what ended; what it does not hear now it hears later."""
