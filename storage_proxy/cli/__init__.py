@@ -59,9 +59,9 @@ def build_app(*, warn: Callable[[str], None] | None = None) -> typer.Typer:
     ) -> None:
         """S3 buckets as folders in compute sessions."""
 
-    from . import config, credential, doctor, folder, proxy, session, up, volume
+    from . import config, credential, doctor, folder, node, proxy, session, up, volume
 
-    for part in (up, doctor, folder, volume, credential, session, config, proxy):
+    for part in (up, doctor, folder, volume, node, credential, session, config, proxy):
         part.register(app)
     for point in sorted(entry_points(group=COMMAND_GROUP)):
         try:

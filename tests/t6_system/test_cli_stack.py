@@ -53,6 +53,23 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         up.assert_nothing_left()
 
 
+def test_the_nodes_of_a_stack(stack: Stack) -> None:
+    """The agent tells Redis, the proxy reads it, the command asks the proxy."""
+
+    def heard() -> bool:
+        return [node["state"] for node in stack.json("node", "ls")["nodes"]] == ["running"]
+
+    until(heard, 30, "the agent has reported")
+    (node,) = stack.json("node", "ls")["nodes"]
+    assert node["agent_id"] == stack.endpoints.agent.id
+    listed = stack.ok("node", "ls").out.split("\t")
+    assert listed[:2] == [node["agent_id"], "running"]
+    shown = stack.json("node", "show", node["agent_id"])
+    assert (shown["node"]["pid"], shown["stale"], shown["mounts"]) == (node["pid"], False, [])
+    wrong = stack.run("node", "show", "elsewhere")
+    assert (wrong.code, "Nothing is known of an agent 'elsewhere'" in wrong.err) == (5, True)
+
+
 def make_tree(root: Path) -> dict[str, bytes]:
     names = ["a b.txt", "ünï/日本.txt", "plus+%41#?.txt", "deep/er/x.bin"]
     files = {name: random.Random(name).randbytes(1000 + index) for index, name in enumerate(names)}
