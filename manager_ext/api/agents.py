@@ -18,13 +18,12 @@ class AgentHandlers:
         self._node_folders = node_folders
 
     def routes(self) -> list[web.RouteDef]:
-        folders = "/v1/agents/{agent}/folders"
         return [
             web.put("/v1/agents/{agent}", self.register),
             web.get("/v1/agents", self.page),
-            web.post(folders, self.grant_folder),
-            web.get(folders, self.folders),
-            web.delete(f"{folders}/{{session}}", self.end_folder),
+            web.post("/v1/agents/{agent}/folders", self.grant_folder),
+            web.get("/v1/agents/{agent}/folders", self.folders),
+            web.delete("/v1/agents/{agent}/folders/{session}", self.end_folder),
         ]
 
     @require("agent")
