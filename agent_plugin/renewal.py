@@ -226,15 +226,17 @@ class Renewals:
                 plan.error, plan.failures = None, 0
                 return
         try:
-            await self._renew(key, record)
+            await self._renew(key, record, refused=refusal is not None)
         except MooringError:
             if refusal is not None:
                 await self._give_up(key, record, plan, refusal)
             raise
         plan.error, plan.failures, plan.suspect, plan.again = None, 0, False, 0.0
 
-    async def _renew(self, key: MountKey, record: MountRecord) -> None:
-        """Asks for a grant with one session after the other, and uses it."""
+    async def _renew(self, key: MountKey, record: MountRecord, *, refused: bool) -> None:
+        """Asks for a grant with one session after the other, and uses it. `refused`: any other key will do, else only
+        one that lives longer.
+        """
         if self._source is None:
             raise ServiceUnavailable(
                 "This agent has no manager extension to ask for a fresh grant.",
@@ -242,19 +244,20 @@ class Renewals:
             )
         entry = self._attachments.entry(key)
         items = [] if entry is None else list(entry.attachments.values())
-        refused: MooringError = Conflict("No session holds the mount any more.")
+        reason: MooringError = Conflict("No session holds the mount any more.")
         for item in random.sample(items, min(len(items), _SESSIONS)):
             try:
                 fresh = await self._source(item)
             except Unauthenticated:
                 raise  # it is our token
             except (NotFound, Conflict, AccessError) as err:
-                refused = err  # this session may have no more grants; another one may
+                reason = err  # this session may have no more grants; another one may
                 continue
-            self._check_fresh(fresh, record)
+            if not refused:
+                self._check_fresh(fresh, record)
             await self._attachments.renew(fresh.grant)
             return
-        raise refused
+        raise reason
 
     def _check_fresh(self, fresh: PlannedMount, record: MountRecord) -> None:
         new, old = fresh.credential_expires_at, record.credential_expires

@@ -20,12 +20,21 @@ from weakref import WeakValueDictionary
 from sqlalchemy import delete, func, select, update
 
 from ..core.crypto import Keyring, seal
-from ..core.errors import Conflict, InvalidRequest, MooringError, RecordNotFound, Unsupported
+from ..core.errors import (
+    Conflict,
+    InvalidRequest,
+    MooringError,
+    RecordNotFound,
+    S3AccessDenied,
+    S3BadCredential,
+    Unsupported,
+)
 from ..core.ids import AccessMode, VFolderID, parse_session_id
 from ..core.logs import get_logger
 from ..core.wire import Location, S3Credential
 from ..db import Database
 from ..db.types import open_column, seal_column
+from ..s3 import S3Client
 from ..s3.scoped import ScopedIssuer
 from ..state import CredentialState, CredentialUse, MountCredential
 from .interface import Folder
@@ -216,8 +225,8 @@ class MountCredentials:
         session_id: str,
         credential_id: str,
     ) -> IssuedCredential:
-        """The credential `credential_id` with a key that has at least half of its life before it: the one it has, or a
-        new one. Also when the credential has ended meanwhile; its id was given to this session.
+        """The credential `credential_id` with a key that has at least half of its life before it: the one it has if the
+        server takes it, or a new one. Also when the credential has ended; its id was given to this session.
 
         Repeating the call makes no further key. Raises `RecordNotFound` if the id belongs to another folder, mode or
         agent, `Conflict` while it is being made or revoked, and what the server raises; then the former key stays.
@@ -229,10 +238,19 @@ class MountCredentials:
             row = await self._held(credential_id, place, session_id)
             if row is None:
                 return await self._new(credential_id, volume, folder, mode, recipient_key, session_id)
-            if _is_young(row):
+            if _is_young(row) and await self._works(row, volume, folder):
                 return self._sealed(row, self._open(row), folder, session_id)
             row = await self._replace_key(row, volume, folder, mode)
             return self._sealed(row, self._open(row), folder, session_id)
+
+    async def _works(self, row: MountCredential, volume: MinioVolume, folder: Folder) -> bool:
+        """False if the server refuses the key, because somebody else removed it. Raises if it does not answer."""
+        async with S3Client(volume.endpoint, self._open(row)) as holder:
+            try:
+                await holder.list_page(folder.ref.bucket, folder.ref.prefix, max_keys=1)
+            except (S3BadCredential, S3AccessDenied):
+                return False
+        return True
 
     async def _held(self, credential_id: str, place: tuple[str, ...], session_id: str) -> MountCredential | None:
         """The living credential of that id with the session among its users, None if there is none of that id."""

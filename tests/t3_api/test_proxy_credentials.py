@@ -262,3 +262,18 @@ async def test_a_renewal_that_the_server_refuses_leaves_the_old_key(stand: Proxy
     async with stand.proxy.database.session() as session:
         assert [row.access_key for row in (await session.scalars(select(MountCredential))).all()] == [first.access_key]
     await revoke(stand, body["revoke_ref"])
+
+
+async def test_a_key_that_somebody_removed_is_replaced(stand: ProxyStand, s3_server: S3Server) -> None:
+    """An agent asks when S3 refuses what it has, however young that is."""
+    vfid, agent = await stand.folder(), SealingKey.generate()
+    body, first = await issue(stand, vfid, agent)
+    async with ScopedIssuer(s3_server.endpoint, s3_server.admin) as issuer:
+        for identity in await issuer.identities():
+            await issuer.revoke(identity)
+        await until(lambda: refused(stand, first, vfid))
+        again, second = await issue(stand, vfid, agent, credential_id=body["credential_id"])
+        assert again["credential_id"] == body["credential_id"]
+        assert not await refused(stand, second, vfid)
+        await revoke(stand, again["revoke_ref"])
+        assert await issuer.identities() == []
