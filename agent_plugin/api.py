@@ -100,7 +100,8 @@ class MountDetail(MountInfo):
 
 
 class AgentApi:
-    """The handlers. `drivers` looks at the drivers; without a `publisher` nothing is told to Redis."""
+    """The handlers. `drivers` looks at the drivers, `warnings` says what an operator should look at; without a
+    `publisher` nothing is told to Redis."""
 
     def __init__(
         self,
@@ -112,6 +113,7 @@ class AgentApi:
         max_mounts: int,
         pid: int,
         drivers: Callable[[], Sequence[DriverStatus]],
+        warnings: Callable[[], list[str]],
         publisher: StatusPublisher | None,
     ) -> None:
         self._identity = AgentIdentity(agent_id=agent_id, public_key=public_key)
@@ -120,6 +122,7 @@ class AgentApi:
         self._max_mounts = max_mounts
         self._pid = pid
         self._drivers = drivers
+        self._warnings = warnings
         self._publisher = publisher
         self._started = time.monotonic()
 
@@ -143,7 +146,7 @@ class AgentApi:
         for record, _items in mounts:
             by_state[record.state.value] = by_state.get(record.state.value, 0) + 1
         drivers = list(self._drivers())
-        warnings = self._renewals.warnings(self._attachments.warnings())
+        warnings = self._warnings()
         warnings += [driver.error for driver in drivers if driver.error]
         return json_answer(
             NodeStatus(

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import resource
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,11 +164,23 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
                     keep=not section.stop_mounts_on_exit,
                 )
             )
+        grants = ManagerGrants(config.manager.url, config.manager.token_file) if config.manager else None
+        renewals = Renewals(attachments, mounter, verifier, grants)
+
+        def warnings() -> list[str]:
+            found = renewals.warnings(attachments.warnings()) + cgroups.warnings()
+            return found if volumes is None else found + volumes.warnings()
+
         resources = Resources(attachments.mounts)
         publisher = None
         if config.redis is not None:
             publisher = StatusPublisher(
-                config.redis, attachments, events, resources.of, mounts_stay=not section.stop_mounts_on_exit
+                config.redis,
+                attachments,
+                events,
+                resources.of,
+                warnings=warnings,
+                mounts_stay=not section.stop_mounts_on_exit,
             )
         attachments.listen(resources.note)
         watchdog = Watchdog(
@@ -195,8 +207,6 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
         )
         if found.detail:
             attachments.tell(EventKind.RECONCILED, **found.detail)
-        grants = ManagerGrants(config.manager.url, config.manager.token_file) if config.manager else None
-        renewals = Renewals(attachments, mounter, verifier, grants)
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(_trim(layout), name="trim logs")]
             background.append(tasks.create_task(reconciler.run(), name="reconcile"))
@@ -216,10 +226,11 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
                 max_mounts=section.max_mounts,
                 pid=os.getpid(),
                 drivers=lambda: _driver_states(drivers),
+                warnings=warnings,
                 publisher=publisher,
             )
             operations = Operations(attachments, Inspector(attachments, layout, resources.of), events)
-            checks = _health_checks(journal, drivers, attachments, publisher)
+            checks = _health_checks(journal, drivers, warnings, publisher)
             uids = {*section.allowed_uids, os.geteuid()}
             try:
                 app = make_app(api, uids, checks, metrics)
@@ -301,7 +312,7 @@ def _driver_states(drivers: Drivers) -> list[DriverStatus]:
 
 
 def _health_checks(
-    journal: Journal, drivers: Drivers, attachments: Attachments, publisher: StatusPublisher | None
+    journal: Journal, drivers: Drivers, warnings: Callable[[], list[str]], publisher: StatusPublisher | None
 ) -> list[HealthCheck]:
     async def journal_works() -> None:
         await journal.mounts()
@@ -310,7 +321,7 @@ def _health_checks(
         await off_loop("a look at the driver", 5.0, drivers.get(drivers.default).check)
 
     async def mounts_live() -> None:
-        if found := attachments.warnings():
+        if found := warnings():
             raise MooringError(found[0])
 
     checks = [

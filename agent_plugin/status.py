@@ -43,7 +43,8 @@ _PAUSE_SECONDS = 0.1  # between two reports, however much happens: one tells eve
 class StatusPublisher:
     """Reports after every event and at every heartbeat. Use `run` in a task; it ends when cancelled.
 
-    `usage`: what the process of a mount costs. `mounts_stay`: the mounts outlive this agent, so they are not withdrawn
+    `usage`: what the process of a mount costs. `warnings`: what an operator should look at, if not only what the
+    attachments say. `mounts_stay`: the mounts outlive this agent, so they are not withdrawn
     when it stops.
     """
 
@@ -54,6 +55,7 @@ class StatusPublisher:
         events: EventLog,
         usage: Callable[[MountKey], Usage | None],
         *,
+        warnings: Callable[[], list[str]] | None = None,
         mounts_stay: bool = False,
     ) -> None:
         self._agent_id = events.agent_id
@@ -61,6 +63,7 @@ class StatusPublisher:
         self._attachments = attachments
         self._events = events
         self._usage = usage
+        self._warnings = warnings or attachments.warnings
         self._mounts_stay = mounts_stay
         self._started = time.time()
         self._told = 0  # the number of the last event that Redis has
@@ -250,7 +253,7 @@ class StatusPublisher:
             "mounts": len(mounts),
             "attachments": sum(len(items) for _, items in mounts),
             "volumes": json.dumps(volumes),
-            "warnings": json.dumps(self._attachments.warnings()),
+            "warnings": json.dumps(self._warnings()),
         }
 
     def _entry(self, event: Numbered) -> dict[str, str]:

@@ -389,8 +389,9 @@ async def test_a_server_that_is_away_at_the_start(node: Node, folder: str, engin
             await engine.create("v", prefix="data")
             place = await engine.mount("v", "id")
         proxy.add(Fault(status=503, code="ServiceUnavailable", times=ALWAYS))
-        async with node.agent(volume_plugin=section, mount_deadline=1.0, reconcile_interval=1.0):
+        async with node.agent(volume_plugin=section, mount_deadline=1.0, reconcile_interval=1.0) as agent:
             await until_async(lambda: _in_trouble(engine, "v"), "the trouble is shown")
+            assert [text for text in (await agent.status()).warnings if text.startswith("Volume v: ")]
             proxy.clear()
             await until(lambda: bool(entries_at(place)), "it is mounted again")
             await until_async(lambda: _well(engine, "v"), "and well")
