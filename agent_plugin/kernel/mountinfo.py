@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 MOUNTINFO = Path("/proc/self/mountinfo")
+_REMEMBERED = 4096  # lines: more than the table of a node with its full number of mounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ def escape(text: str) -> str:
 _SPECIAL = re.compile(r"[ \t\n\\#]")
 
 
+# The table is read several times per attach and at every change, and nearly all of its lines were there the last time.
+@lru_cache(_REMEMBERED)
 def parse_line(line: str) -> MountEntry:
     """Raises ValueError for a line that is not one of mountinfo."""
     left, sep, right = line.rstrip("\n").partition(" - ")
