@@ -6,16 +6,15 @@ import asyncio
 import json
 import sys
 from pathlib import Path
-from typing import cast
 
 import aiohttp
 import pytest
 from aiohttp import web
 
-from agent_plugin.api import AgentApi, make_app
+from agent_plugin.peers import LOCAL, peer_authenticator
 from storage_proxy.client.agent import AgentClient
 from storage_proxy.core.errors import InvalidIdentifier, InvalidRequest, MooringError
-from storage_proxy.web import require
+from storage_proxy.web import authenticated, edge_middleware, require
 
 from .node import AGENT_ID, Node, new_session
 
@@ -91,7 +90,8 @@ async def test_the_kernel_says_who_is_connected(node: Node) -> None:
 
 
 async def test_over_tcp_nobody_is_known() -> None:
-    app = make_app(cast(AgentApi, _Routes()), {0}, [])
+    app = web.Application(middlewares=[edge_middleware, authenticated(peer_authenticator({0}))])
+    app.add_routes([web.get("/v1/x", _locals_only)])
     runner = web.AppRunner(app)
     await runner.setup()
     try:
@@ -104,13 +104,9 @@ async def test_over_tcp_nobody_is_known() -> None:
         await runner.cleanup()
 
 
-class _Routes:
-    def routes(self) -> list[web.RouteDef]:
-        @require("local")
-        async def handler(_: web.Request) -> web.Response:
-            return web.Response()
-
-        return [web.get("/v1/x", handler)]
+@require(LOCAL)
+async def _locals_only(_: web.Request) -> web.Response:
+    return web.Response()
 
 
 async def test_wrong_requests(node: Node) -> None:
