@@ -87,7 +87,7 @@ class Operations:
     async def drain(self, request: web.Request) -> web.Response:
         """Refuses new attachments from now on; answers when none of the old ones is left, or after `wait` seconds."""
         body = await read_json(request, DrainRequest)
-        keys = None if body.keys is None else {self._inspector.find(text) for text in body.keys}
+        keys = None if body.keys is None else {self._find_drained(text) for text in body.keys}
         if not self._refused(keys):
             await self._attachments.drain(keys)
         asked = {NODE} if keys is None else keys
@@ -106,7 +106,7 @@ class Operations:
         return json_answer(self._drain_status(self._attachments.drains))
 
     def _find_drained(self, text: str) -> MountKey:
-        """As `Inspector.find`, but the mount may be gone by now."""
+        """As `Inspector.find`, but a mount that is drained may be gone by now."""
         found = [key for key in self._attachments.drains - {NODE} if text and key.startswith(text.lower())]
         return found[0] if len(found) == 1 else self._inspector.find(text)
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.t6_system.commands import PROGRAM, Done, environment
 
-from .node import Node, until
+from .node import Node, until, until_async
 
 pytestmark = [pytest.mark.root, pytest.mark.asyncio]
 
@@ -76,7 +76,12 @@ async def test_draining(node: Node, folder: str) -> None:
         assert (late.code, "1 attachment still there" in late.err) == (9, True)
         assert f"waiting for 1 attachment of {spec.session_id}" in late.err
         assert "yes: the node refuses" in await ok(node, "agent", "status")
-        waiting = asyncio.create_task(mooring(node, "mounts", "drain", "--wait", "50", "--json"))
+        waiting = asyncio.create_task(mooring(node, "mounts", "drain", spec.mount_key[:8], "--wait", "50", "--json"))
+
+        async def begun() -> bool:
+            return (await agent.drain_status()).keys == [spec.mount_key]
+
+        await until_async(begun, "it drains", 60)
         await agent.detach_session(spec.session_id)
         done = await waiting
         assert (done.code, done.json()["done"], done.json()["attachments"]) == (0, True, 0)

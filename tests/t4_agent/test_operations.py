@@ -196,6 +196,7 @@ async def test_one_mount_is_drained(node: Node, folder: str) -> None:
         await agent.detach_session(spec.session_id)
         with pytest.raises(NotFound):
             await agent.mount(spec.mount_key)
+        assert (await agent.drain([spec.mount_key[:8]], wait=5)).done, "who waits for it may ask again"
         assert (await agent.resume([spec.mount_key[:8]])).keys == [], "also when the mount has gone meanwhile"
         await agent.attach(node.grant(request))
         with pytest.raises(NotFound):

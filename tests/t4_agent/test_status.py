@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 import redis.asyncio as redis
 
+from storage_proxy.cluster.board import Noticeboard
 from storage_proxy.core import noticeboard
 from storage_proxy.core.wire import MountState
 from tests.redis_server import RedisServer, free_port, running_redis
@@ -68,6 +69,11 @@ async def test_every_key_says_what_is_and_ends_by_itself(
         assert 5000 < await client.pttl(agent_name) <= 60_000, "a node that went away is seen to be away"
         assert await client.zrange("mooring:agents", 0, -1) == [AGENT_ID]
         before = mount["heartbeat"]
+        # And it is what the proxy reads.
+        view = await Noticeboard(client, ["minio"]).node(AGENT_ID)
+        assert (view.unreadable, [item.key for item in view.mounts]) == (0, [spec.mount_key])
+        assert [(item.session_id, item.state) for item in view.attachments] == [(session, "bound")]
+        assert (view.nodes[0].state, view.nodes[0].by_state, view.mounts[0].state) == ("running", {"live": 1}, "live")
 
         async def renewed() -> bool:
             return str(await client.hget(mount_name, "heartbeat")) > before
