@@ -128,12 +128,13 @@ class Work:
 
 
 # A process in a mount namespace of its own that mounts are propagated to, like a container: opens, reads and closes
-# every file of a directory again and again, and tells what it saw as one line of JSON when its input ends.
+# every file of a directory again and again, counts the rounds in a file, and tells what it saw as JSON in the end.
 _READER = """
 import json, os, select, sys
-folder, rounds, bad, seen = sys.argv[1], 0, [], set()
+(folder, progress), rounds, bad, seen = sys.argv[1:], 0, [], set()
 while not select.select([sys.stdin], [], [], 0.01)[0]:
     rounds += 1
+    open(progress, "w").write(str(rounds))
     try:
         for name in os.listdir(folder):
             with open(os.path.join(folder, name)) as file:
@@ -146,19 +147,43 @@ print(json.dumps({"rounds": rounds, "bad": bad, "seen": sorted(seen)}))
 """
 
 
+class Reader:
+    """What such a process tells."""
+
+    def __init__(self, process: asyncio.subprocess.Process, progress: Path) -> None:
+        self._process = process
+        self._progress = progress
+        self.bad: list[object] = []
+        self.seen: list[str] = []
+        self.rounds = 0
+
+    async def pass_by(self) -> None:
+        """Until it has begun two more rounds: then nothing is open there that is open now."""
+
+        def count() -> int:
+            return int(self._progress.read_text() or 0) if self._progress.exists() else 0
+
+        before = count()
+        await until(lambda: count() >= before + 2, "the reader goes on", 30.0)
+
+    async def finish(self) -> None:
+        output, _ = await asyncio.wait_for(self._process.communicate(b""), 30)
+        told = json.loads(output)
+        self.bad, self.seen, self.rounds = told["bad"], told["seen"], told["rounds"]
+
+
 @asynccontextmanager
-async def reader(source: str) -> AsyncIterator[dict[str, object]]:
-    """Reads below `source` while the block runs; afterwards the dict holds rounds, bad and seen."""
+async def reader(source: str, progress: Path) -> AsyncIterator[Reader]:
+    """Reads below `source` while the block runs; afterwards it holds rounds, bad and seen."""
     process = await asyncio.create_subprocess_exec(
-        *("unshare", "--mount", "--propagation", "slave", sys.executable, "-c", _READER, source),
+        *("unshare", "--mount", "--propagation", "slave", sys.executable, "-c", _READER, source, progress),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
-    told: dict[str, object] = {}
+    found = Reader(process, progress)
     try:
-        yield told
-        output, _ = await asyncio.wait_for(process.communicate(b""), 30)
-        told.update(json.loads(output))
+        yield found
+        await found.finish()
     finally:
         if process.returncode is None:
             process.kill()
@@ -249,7 +274,7 @@ async def test_three_renewals_without_a_failed_open(cluster: Cluster, node: Node
         jump, renewed = 0.0, asyncio.Event()
         agent.attachments.listen(lambda event: renewed.set() if event.kind is EventKind.RENEWED else None)
         agent.renewals._wall, agent.renewals._look = lambda: time.time() + jump, 0.05
-        async with reader(bind.source) as told:
+        async with reader(bind.source, node.place / "rounds") as told:
             for _ in range(3):
                 async with cluster.proxy.proxy.database.session() as session:
                     current = (await session.scalars(select(MountCredential))).one()
@@ -259,6 +284,7 @@ async def test_three_renewals_without_a_failed_open(cluster: Cluster, node: Node
                 jump = 56.0  # the agent thinks so too
                 await asyncio.wait_for(renewed.wait(), 30)
                 renewed.clear()
+                await told.pass_by()
                 jump = 0.0
                 async with cluster.proxy.proxy.database.session() as session:
                     retired = (
@@ -268,10 +294,9 @@ async def test_three_renewals_without_a_failed_open(cluster: Cluster, node: Node
                 assert await credentials.sweep() == 1
                 assert await off(lambda: read(bind.source, "1.txt")) == "text"
             assert len(await credentials._issuers["minio"].identities()) == 1
-        assert told["bad"] == []
-        assert told["seen"] == ["text"]
-        assert isinstance(told["rounds"], int)
-        assert told["rounds"] > 30
+        assert told.bad == []
+        assert told.seen == ["text"]
+        assert told.rounds > 30
         assert (await client.status()).warnings == []
         await client.detach_session("s1")
         await alice.delete_session("s1")
