@@ -366,6 +366,68 @@ async def test_volumes_and_references_outlive_the_agent(node: Node, folder: str,
         await process.close()
 
 
+def _references(node: Node) -> list[str]:
+    """As the book on disk has them, for a volume that is alone."""
+    (volume,) = json.loads((node.place / "state" / "volumes.json").read_text())["volumes"]
+    found: list[str] = volume["references"]
+    return found
+
+
+async def test_an_agent_killed_at_any_moment_of_a_mount(node: Node, folder: str, engine: Engine) -> None:
+    """Afterwards a volume is mounted if and only if its engine was, or could have been, told so."""
+    moments = {
+        "staged": lambda: bool(node.staged()),
+        "in the pool": lambda: any("/pool/" in entry.mount_point for entry in node.mounts()),
+        "bound": lambda: any("/ses/" in entry.mount_point for entry in node.mounts()),
+        "in the book": lambda: bool(_references(node)),
+    }
+    process = AgentProcess(node, volume_plugin=plugin(node, folder), stop_mounts_on_exit=False)
+    try:
+        client = await process.start()
+        await engine.create("v", prefix="data")
+        for name, reached in moments.items():
+            asked = asyncio.ensure_future(engine.mount("v", "id"))
+            await until(reached, name)
+            await process.kill()
+            await asyncio.wait([asked])
+            told = asked.exception() is None
+            await client.close()
+            client = await process.start()
+            if _references(node):
+                place = Path((await engine.get("v"))["Mountpoint"])
+                assert (place / "hello.txt").read_text() == "hello from data/"
+                await engine.unmount("v", "id")
+            else:
+                assert not told
+            await gone(node)
+        await engine.remove("v")
+        await client.close()
+        assert await process.terminate() == 0
+    finally:
+        await process.close()
+
+
+async def test_an_agent_killed_while_it_unmounts(node: Node, folder: str, engine: Engine) -> None:
+    """The engine does not ask again: what it gave back goes all the same."""
+    process = AgentProcess(node, volume_plugin=plugin(node, folder), stop_mounts_on_exit=False)
+    try:
+        client = await process.start()
+        await engine.create("v", prefix="data")
+        await engine.mount("v", "id")
+        asked = asyncio.ensure_future(engine.unmount("v", "id"))
+        await until(lambda: not _references(node), "the book has forgotten it")
+        await process.kill()
+        await asyncio.wait([asked])
+        _ = asked.exception()
+        await client.close()
+        client = await process.start()
+        await gone(node)
+        await client.close()
+        assert await process.terminate() == 0
+    finally:
+        await process.close()
+
+
 async def test_what_an_engine_holds_is_mounted_again(node: Node, folder: str, engine: Engine) -> None:
     """The mounts went with the agent, the containers did not: the path comes back without a word of the engine."""
     async with node.agent(volume_plugin=plugin(node, folder)):
