@@ -83,10 +83,16 @@ class Packet:
 
 def available() -> str | None:
     """Why this host has no automounter, as a sentence for an operator; None if it has one."""
+    try:
+        os.close(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))  # where it is a module, this loads it
+    except OSError as err:
+        if err.errno in (errno.EACCES, errno.EPERM):
+            return f"{DEVICE} may not be opened by this process."
+        if DEVICE.exists() or "\tautofs\n" not in _FILESYSTEMS.read_text():
+            return "The kernel of this host has no autofs; load it with `modprobe autofs4` (CONFIG_AUTOFS_FS)."
+        return f"There is no {DEVICE} on this host; in a container add --device {DEVICE}."
     if "\tautofs\n" not in _FILESYSTEMS.read_text():
         return "The kernel of this host has no autofs; load it with `modprobe autofs4` (CONFIG_AUTOFS_FS)."
-    if not DEVICE.exists():
-        return f"There is no {DEVICE} on this host; in a container add --device {DEVICE}."
     return None
 
 
@@ -100,10 +106,7 @@ class Autofs:
         """Raises `MountNotPermitted` if this host has no automounter or does not let this process use it."""
         if reason := available():
             raise MountNotPermitted(reason, hint="Without it no [backend-ai] root can be served.")
-        try:
-            self._device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as err:
-            raise MountNotPermitted(f"{DEVICE} cannot be opened: {err.strerror}.", hint="Run as root.") from None
+        self._device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
         # Held while automount points come and go: the kernel gives the number of one that went to the next that comes.
         self.changes = threading.Lock()
         self.questions, self._answers = os.pipe2(os.O_CLOEXEC)

@@ -91,9 +91,23 @@ def test_the_sample_loads_and_shows_every_key(tmp_path: Path) -> None:
     for key in ("node-id", "port", "allow-all", "endpoint", "secret-key", "[manager-api]", "[volume.example]"):
         assert key in text
     config = load_config(Whole, write(tmp_path / "c.toml", text), environ={})
+    assert config.volume == {}, "an example that nobody needs is not switched on by copying the file"
+    wanted = text.replace("# [volume.example]", "[volume.example]").replace("# endpoint =", "endpoint =")
+    config = load_config(Whole, write(tmp_path / "d.toml", wanted), environ={})
     assert config.volume["example"].endpoint == "https://s3.example.com"
-    uncommented = "\n".join(line.removeprefix("# ") if " = " in line else line for line in text.splitlines())
+    uncommented = "\n".join(
+        line.removeprefix("# ") if " = " in line or line.startswith("# [") else line for line in text.splitlines()
+    )
     assert tomllib.loads(uncommented)["manager-api"]["port"] == 6022
+
+
+class Needing(ConfigModel):
+    volume: dict[str, Volume] = Field(description="Volumes by name.")
+
+
+def test_an_example_that_must_be_there_is_not_commented_out(tmp_path: Path) -> None:
+    config = load_config(Needing, write(tmp_path / "c.toml", sample(Needing, title="Needing")), environ={})
+    assert list(config.volume) == ["example"]
 
 
 def test_the_reference_shows_every_key() -> None:

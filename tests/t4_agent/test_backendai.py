@@ -316,9 +316,14 @@ async def test_a_container_with_an_unknown_folder_fails_at_once(stand: Stand, po
 
 
 @pytest.mark.containers
-async def test_a_container_recovers_from_the_death_of_its_mount(stand: Stand, podman: Podman) -> None:
+async def test_a_container_recovers_from_the_death_of_its_mount(
+    stand: Stand, folder: str, podman: Podman, s3: S3Client
+) -> None:
+    await s3.put(folder, "data/sub/", b"", content_type="application/x-directory")
+    await s3.put(folder, "data/sub/inner.txt", b"inner")
     path = stand.node.path(stand.data)
     name = await podman.start(options=bind(path))
+    below = await podman.start(options=bind(path / "sub"))  # what Backend.AI calls a vfsubpath
     for _ in range(2):
         (pid,) = stand.node.processes()
         os.kill(pid, signal.SIGKILL)
@@ -329,7 +334,11 @@ async def test_a_container_recovers_from_the_death_of_its_mount(stand: Stand, po
         async def outside() -> bool:
             return await look("cat", path / "hello.txt") == (0, "hello from data/")
 
+        async def below_it() -> bool:
+            return await podman.execute(below, "cat /data/inner.txt") == (0, "inner")
+
         await until_async(inside, "the container reads again, though nothing propagates to it")
+        await until_async(below_it, "and the one that has a directory of the folder")
         await until_async(outside, "and so does the path")
     late = await podman.start(options=bind(path))
     assert await podman.execute(late, "cat /data/hello.txt") == (0, "hello from data/")

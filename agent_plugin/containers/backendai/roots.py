@@ -50,6 +50,8 @@ async def volume_roots(
     Raises `MountNotPermitted` if this host has no automounter, `ConfigError` for a path that cannot be served,
     `Conflict` if another agent serves it.
     """
+    if os.getpgrp() != os.getpid():  # inside another program, which did not call `lead_process_group`
+        log.warning("processes of this process group see of the volume roots only what is mounted", group=os.getpgrp())
     async with AsyncExitStack() as stack:
         autofs = Autofs()
         stack.callback(autofs.close)
