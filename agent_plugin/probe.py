@@ -75,7 +75,7 @@ class Prober:
                 process.kill()
             await process.wait()
             # The write end of the pipe may live on in a child that hangs; our end closes here.
-            process._transport.close()  # type: ignore[attr-defined]  # asyncio offers no public way to let go of it
+            _let_go(process)
 
     async def stat(self, path: Path, deadline: float) -> Answer:
         """Stats `path` itself: the root of a mount."""
@@ -155,7 +155,16 @@ class Prober:
             if future is not None and not future.done():
                 future.set_result(int(code))
         log.debug("the mount prober ended")
-        if process is self._process:
-            for future in list(self._waiting.values()):
-                if not future.done():
-                    future.set_exception(ConnectionError("the mount prober ended"))
+        if process is not self._process:
+            return
+        # At once, not when its exit is known: a question in between would wait for ever.
+        self._process = None
+        _let_go(process)
+        for future in list(self._waiting.values()):
+            if not future.done():
+                future.set_exception(ConnectionError("the mount prober ended"))
+
+
+def _let_go(process: asyncio.subprocess.Process) -> None:
+    """Closes our ends of its pipes, and kills it if it still runs."""
+    process._transport.close()  # type: ignore[attr-defined]  # asyncio offers no public way to let go of it

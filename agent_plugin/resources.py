@@ -2,8 +2,8 @@
 
 All of it is read from /proc in a thread, every 15 s and soon after a mount appears; several hundred processes take some
 ten milliseconds. The proportional set size (PSS) is dearer, because the kernel walks the whole address space for it:
-each process gets its turn once a minute. What a figure can say is said in `Usage`; what a kernel does not tell is None,
-never 0.
+each process gets its turn every two minutes. What a figure can say is said in `Usage`; what a kernel does not tell is
+None, never 0.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .supervisor import ProcessID
 log = get_logger(__name__)
 
 SAMPLE_SECONDS = 15.0
-_PSS_TURNS = 4  # a process has its PSS measured in every fourth sample
+_PSS_TURNS = 8  # a process has its PSS measured in every eighth sample
 _DEADLINE = 10.0
 _NEW_SECONDS = 1.0  # after a mount appeared; many that appear at once are measured together
 

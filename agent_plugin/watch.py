@@ -11,9 +11,9 @@ is not hung: the question never goes to S3, and a process is given up only if, f
 What does something but does not answer is told, and given up after `_PATIENCE` deadlines if S3 is well. A process that
 was stopped (SIGSTOP) is given up when the next pass sees it stopped again.
 
-Apart from that each mount with sessions gets a deep check once in a while: its credential is tried on S3, and a name
-that nobody asked for before is looked up through the mount. What goes wrong there is told as trouble. The mount stays:
-it works again by itself when S3 does.
+Apart from that each mount with sessions gets a deep check once in a while: a name that nobody asked for before is
+looked up through the mount, and its credential is tried on S3. What goes wrong there is told as trouble. The mount
+stays: it works again by itself when S3 does.
 """
 
 from __future__ import annotations
@@ -54,9 +54,13 @@ _AGAIN_SECONDS = 1.5
 _LOOKS = 3  # a thread at work woke up between each two of them
 _QUESTIONS = 3  # children at most that wait for the same mount
 _PATIENCE = 60  # hang deadlines that a process may be at work without an answer while S3 is well
+_STATE_TURNS = 5  # the state of a process that nobody waits for is read in every fifth pass
 _LOOK_SECONDS = 5.0
-_CHECKS = 8  # deep checks at once
-_DEEP_SECONDS = 30.0  # s3fs may try for longer; then the mount is in trouble
+_CHECKS = 32  # deep checks at once
+_DEEP_SECONDS = 10.0
+_S3_TURNS = 4  # S3 itself is asked in every fourth check: a mount of a deleted bucket looks like one of an empty bucket
+_AWAY_SECONDS = 30.0
+_TROUBLE_SECONDS, _TROUBLE_RATE = 15.0, 10.0  # pause between checks of a mount in trouble; such checks per second
 
 
 @dataclass(slots=True)
@@ -70,7 +74,8 @@ class _Watched:
     path: Path
     place: str
     asked: float  # when the last question was answered, or it was first seen
-    checked: float  # when the next deep check is due
+    due: float  # when the next deep check is
+    checks: int  # deep checks so far, from a random number on
     waiting: bool = False  # somebody waits for an answer
     stopped: bool = False
     asking: bool = False  # a question is under way
@@ -102,6 +107,8 @@ class Watchdog:
         self._check_interval = s3_check_interval
         self._checks = asyncio.Semaphore(_CHECKS)
         self.pass_seconds = 0.0  # that the last pass took
+        self._turn = 0
+        self._away: dict[str, float] = {}  # endpoints that did not answer, and when
         self._watched: dict[MountKey, _Watched] = {}
         self._tasks: asyncio.TaskGroup
 
@@ -126,9 +133,9 @@ class Watchdog:
             return
         looks = await off_loop("a look at the mounts", _LOOK_SECONDS, lambda: self._look(watched))
         for item, (stat, waiting) in zip(watched, looks, strict=True):
-            if stat is None or stat.started != item.process.started:
-                continue  # it has ended; whoever waits for it will see
             item.waiting = waiting > 0
+            if stat is None or stat.started != item.process.started:
+                continue  # whoever waits for its end will see
             self._judge_state(item, stat)
         now = time.monotonic()
         free = [item for item in watched if not (item.asking or item.stopped or item.given_up)]
@@ -138,7 +145,7 @@ class Watchdog:
         idle = sorted(idle, key=_last_asked)[: int(len(watched) * self._interval / _ROTATION_SECONDS) + 1]
         self._ask_all(idle, 1)
         for item in watched:
-            if now >= item.checked and not item.checking:
+            if now >= item.due and not item.checking:
                 item.checking = True
                 self._begin(self._check(item), f"check {item.key}")
 
@@ -159,18 +166,29 @@ class Watchdog:
                     path=self._mounter.pooled(record),
                     place=record.plan.place,
                     asked=now - random.uniform(0.0, _ROTATION_SECONDS),  # so that the rotation is spread
-                    checked=now + random.uniform(0.0, self._check_interval),
+                    due=now + random.uniform(0.0, self._check_interval),
+                    checks=random.randrange(_S3_TURNS),
                 )
             found[record.key] = item
         self._watched = found
         return list(found.values())
 
     def _look(self, watched: Sequence[_Watched]) -> list[tuple[ProcessStat | None, int]]:
-        """State and waiting requests of each. Reads only /proc and the control file system."""
-        looks = [(read_stat(item.process.pid), fusectl.waiting(self._fusectl, item.connection)) for item in watched]
-        if all(waiting is None for _, waiting in looks):
+        """State (None: gone, or not read this time) and waiting requests of each. Reads only /proc and the control
+        file system.
+        """
+        self._turn = (self._turn + 1) % _STATE_TURNS
+        found: list[tuple[ProcessStat | None, int]] = []
+        seen = False
+        for number, item in enumerate(watched):
+            waiting = fusectl.waiting(self._fusectl, item.connection)
+            seen = seen or waiting is not None
+            # What nobody waits for may be stopped for some seconds: reading the state costs more than all the rest.
+            wanted = waiting or item.waiting or item.stopped or number % _STATE_TURNS == self._turn
+            found.append((read_stat(item.process.pid) if wanted else None, waiting or 0))
+        if not seen:
             fusectl.ensure_mounted(self._fusectl)  # somebody may have unmounted it
-        return [(stat, waiting or 0) for stat, waiting in looks]
+        return found
 
     def _judge_state(self, item: _Watched, stat: ProcessStat) -> None:
         before, item.stopped = item.stopped, stat.stopped
@@ -322,26 +340,38 @@ class Watchdog:
         try:
             if entry is not None and entry.attachments:
                 async with self._checks:
-                    trouble = await self._trouble(item)
+                    trouble = await self._trouble(item, trouble)
                 if self._is_current(item):
                     self._attachments.trouble(item.key, trouble)
         finally:
             item.checking = False
-            # Trouble ends soon after its cause.
-            seconds = self._check_interval if trouble is None else min(self._check_interval, 15.0)
-            item.checked = time.monotonic() + seconds * random.uniform(0.9, 1.1)
+            seconds = self._check_interval
+            if trouble is not None:  # it shall end soon after its cause, but not at the cost of hundreds of requests
+                seconds = min(seconds, max(_TROUBLE_SECONDS, len(self._watched) / _TROUBLE_RATE))
+            item.due = time.monotonic() + seconds * random.uniform(0.9, 1.1)
 
-    async def _trouble(self, item: _Watched) -> str | None:
+    async def _trouble(self, item: _Watched, known: str | None) -> str | None:
+        """Through the mount, which is cheap; and S3 itself if that did not go well, or would keep a caller waiting."""
         record = self._record(item)
         if record is None:
             return None
+        endpoint = record.plan.location.endpoint
+        away = time.monotonic() - self._away.get(endpoint, -_AWAY_SECONDS) < _AWAY_SECONDS
+        item.checks += 1
+        answer: Answer | None = None
+        if not (known or away or item.checks % _S3_TURNS == 0):
+            answer = await self._prober.fresh_name(item.path, _DEEP_SECONDS)
+            if answer.healthy:
+                return None
         error = await self._mounter.examine(record)
         if error is not None and error.temporary:
+            self._away[endpoint] = time.monotonic()
             await asyncio.sleep(random.uniform(0.5, 1.5))
             error = await self._mounter.examine(record)
         # An empty folder has no keys, so S3 cannot tell it from none; the mount does not mind.
         if error is not None and not isinstance(error, FileNotFound):
             return f"{item.place}: {error}"
+        self._away.pop(endpoint, None)
         answer = await self._prober.fresh_name(item.path, _DEEP_SECONDS)
         if answer.healthy or not self._is_current(item):
             return None

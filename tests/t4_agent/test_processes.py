@@ -131,7 +131,7 @@ async def test_the_prober_comes_back(tmp_path: Path) -> None:
 @pytest.mark.root
 async def test_a_frozen_mount_costs_a_probe_only_its_deadline(node: Node, folder: str) -> None:
     """SIGSTOP of the mount process: the probe's child cannot even be killed, and nobody waits for it."""
-    async with node.agent() as agent, Prober() as prober:
+    async with node.agent(watch_interval=60) as agent, Prober() as prober:
         spec = await agent.attach(node.grant(node.request(folder, "data")))
         (pid,) = node.processes()
         os.kill(pid, signal.SIGSTOP)

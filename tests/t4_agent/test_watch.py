@@ -264,6 +264,7 @@ async def test_a_helper_that_is_killed_costs_no_mount(node: Node, folder: str) -
         os.kill(helper[0], signal.SIGKILL)
         behave(node.place, "answer")
         await freed(caller, 20.0)
+        await until(lambda: bool(events.of(EventKind.REPAIRED)), "it is repaired", 15.0)
         assert len(events.deaths()) == 1
 
 
