@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import cast
 
@@ -26,6 +26,7 @@ from storage_proxy.core import noticeboard
 from storage_proxy.core.ids import MountKey
 from storage_proxy.core.logs import get_logger, redact_text
 from storage_proxy.core.noticeboard import AgentState
+from storage_proxy.core.wire import MountState
 
 from .attachments import Attachments
 from .config import RedisSection
@@ -171,6 +172,7 @@ class StatusPublisher:
                 "state": record.state.value,
                 "since": _time(record.since),
                 "pid": record.process.pid if record.process else "",
+                "device": record.device or "",
                 "sessions": json.dumps(sorted({item.session for item in items})),
                 "last_error": record.last_error or "",
                 **self._health(record),
@@ -234,6 +236,7 @@ class StatusPublisher:
             volumes[volume] = {
                 "by_state": dict(sorted(Counter(record.state.value for record, _ in here).items())),
                 "attachments": sum(len(items) for _, items in here),
+                **_worst([record for record, _ in here]),
             }
         config = self._config
         return {
@@ -273,6 +276,21 @@ async def _to_its_end(work: Coroutine[object, object, None]) -> None:
     except asyncio.CancelledError:
         await asyncio.wait([task])
         raise
+
+
+# The first that a mount of a volume is in says most about the volume.
+_WORST_FIRST = (MountState.FAILED, MountState.DEAD, MountState.STAGING, MountState.DRAINING, MountState.LIVE)
+
+
+def _worst(records: Sequence[MountRecord]) -> dict[str, object]:
+    """The worst state of some mounts, since when one is in it, and the latest error of any."""
+    state = next(state for state in _WORST_FIRST if any(record.state is state for record in records))
+    errors = sorted((record.since, record.last_error) for record in records if record.last_error is not None)
+    return {
+        "worst_state": state.value,
+        "worst_since": _time(min(record.since for record in records if record.state is state)),
+        "last_error": errors[-1][1] if errors else None,
+    }
 
 
 def _time(seconds: float) -> str:

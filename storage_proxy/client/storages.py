@@ -39,6 +39,9 @@ class VolumeCount(Wire):
 
     by_state: dict[str, int] = {}
     attachments: int = 0
+    worst_state: str | None = None  # what the worst mount is in, and since when
+    worst_since: datetime | None = None
+    last_error: str | None = None  # the latest of any mount
 
     @property
     def mounts(self) -> int:
