@@ -68,7 +68,7 @@ class StatusPublisher:
         self._mounts_stay = mounts_stay
         self._started = time.time()
         self._told = 0  # the number of the last event that Redis has
-        self._written: set[str] = set()
+        self._written: dict[str, object] = {}  # what Redis has, by key
         self.last_success: float | None = None
         self.last_error: str | None = None
         self.errors = 0  # reports that did not get through
@@ -125,19 +125,27 @@ class StatusPublisher:
     async def _write(
         self, client: redis.Redis, hashes: Mapping[str, Mapping[str, object]], sets: Mapping[str, set[str]]
     ) -> None:
+        """Of what did not change since the last report only the time to live is renewed; if Redis does not have it any
+        more, everything is written."""
         events = self._events.after(self._told)
-        gone = self._written - hashes.keys() - sets.keys()
+        content: dict[str, object] = {name: _texts(fields) for name, fields in hashes.items()} | dict(sets)
+        # After a failure nobody knows what Redis has.
+        known = self._written if self.last_error is None else {}
+        gone = self._written.keys() - content.keys()
+        renewed: list[int] = []  # places of the answers
         ttl, retention = int(self._config.ttl * 1000), int(self._config.retention * 1000)
         now = time.time()
         async with client.pipeline(transaction=True) as pipe:
-            for name, fields in hashes.items():
-                pipe.delete(name)
-                pipe.hset(name, mapping={field: str(value) for field, value in fields.items()})
+            for name, value in content.items():
+                if known.get(name) == value:
+                    renewed.append(len(pipe))
+                else:
+                    pipe.delete(name)
+                    if isinstance(value, dict):
+                        pipe.hset(name, mapping=value)
+                    else:
+                        pipe.sadd(name, *sets[name])
                 pipe.pexpire(name, retention if name == self._name else ttl)
-            for name, members in sets.items():
-                pipe.delete(name)
-                pipe.sadd(name, *members)
-                pipe.pexpire(name, ttl)
             for name in gone:
                 pipe.delete(name)
             pipe.zadd(noticeboard.AGENTS, {self._agent_id: now})
@@ -149,14 +157,16 @@ class StatusPublisher:
                 pipe.xadd(noticeboard.EVENTS, entry, maxlen=noticeboard.MAX_EVENTS, approximate=True)
             if events:
                 pipe.pexpire(noticeboard.EVENTS, retention)
-            await pipe.execute()
+            answers = await pipe.execute()
         if events:
             self._told = events[-1].number
-        self._written = {*hashes, *sets} - {self._name}
+        self._written = content
+        if not all(answers[place] for place in renewed):
+            self._written = {}
+            await self._write(client, hashes, sets)
 
     def snapshot(self, state: AgentState = AgentState.RUNNING) -> dict[str, Mapping[str, object]]:
         """Key name -> fields. No secrets: there are none in plans and attachments."""
-        now = _time(time.time())
         hashes: dict[str, Mapping[str, object]] = {self._name: self._node(state)}
         for record, items in self._attachments.mounts():
             plan = record.plan
@@ -176,7 +186,6 @@ class StatusPublisher:
                 "sessions": json.dumps(sorted({item.session for item in items})),
                 "last_error": record.last_error or "",
                 **self._health(record),
-                "heartbeat": now,
             }
             for item in items:
                 member = noticeboard.attachment_member(item.session, item.vfid.hex)
@@ -190,7 +199,6 @@ class StatusPublisher:
                     "target": item.target,
                     "state": item.state.value,
                     "since": _time(item.since),
-                    "heartbeat": now,
                 }
         return hashes
 
@@ -237,6 +245,7 @@ class StatusPublisher:
                 "by_state": dict(sorted(Counter(record.state.value for record, _ in here).items())),
                 "attachments": sum(len(items) for _, items in here),
                 **_worst([record for record, _ in here]),
+                "troubled": sorted(record.key for record, _ in here if self._troubled(record)),
             }
         config = self._config
         return {
@@ -259,6 +268,11 @@ class StatusPublisher:
             "warnings": json.dumps(self._warnings()),
         }
 
+    def _troubled(self, record: MountRecord) -> bool:
+        entry = self._attachments.entry(record.key)
+        said = [record.last_error, *((entry.trouble, entry.unresponsive) if entry is not None else ())]
+        return record.state in (MountState.DEAD, MountState.FAILED) or any(text is not None for text in said)
+
     def _entry(self, event: Numbered) -> dict[str, str]:
         """One event for the stream. `boot` and `number` name it once, also when it had to be sent twice."""
         told = self._events.describe(event)
@@ -266,6 +280,10 @@ class StatusPublisher:
         if told.detail:
             fields["detail"] = json.dumps(told.detail, default=str)
         return {name: str(value) for name, value in fields.items()}
+
+
+def _texts(fields: Mapping[str, object]) -> dict[FieldT, EncodableT]:
+    return {field: str(value) for field, value in fields.items()}
 
 
 async def _to_its_end(work: Coroutine[object, object, None]) -> None:

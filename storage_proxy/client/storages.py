@@ -35,13 +35,14 @@ class MountsWanted(StrEnum):
 
 
 class VolumeCount(Wire):
-    """Mounts of one volume on one node."""
+    """Mounts of one volume on one node. `troubled`: keys of those that need a look."""
 
     by_state: dict[str, int] = {}
     attachments: int = 0
     worst_state: str | None = None  # what the worst mount is in, and since when
     worst_since: datetime | None = None
     last_error: str | None = None  # the latest of any mount
+    troubled: list[str] = []
 
     @property
     def mounts(self) -> int:

@@ -15,7 +15,7 @@ import redis.asyncio as redis
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 
-from ..client.storages import AttachmentStatus, MountStatus, NodeState, NodeStatus, VolumeCount
+from ..client.storages import AttachmentStatus, MountStatus, MountsWanted, NodeState, NodeStatus, VolumeCount
 from ..core import noticeboard
 from ..core.errors import ServiceUnavailable
 from ..core.logs import get_logger
@@ -24,11 +24,12 @@ log = get_logger(__name__)
 
 R = TypeVar("R", NodeStatus, MountStatus)
 
-READ_SECONDS = 4.0
+READ_SECONDS = 10.0  # some ten thousand mounts
 _CHUNK = 200  # keys in one round trip: the loop stays free between two
 _COPIES = 64  # answers remembered
 
 Hash = Mapping[str, str]
+_What = tuple[str | None, MountsWanted]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +56,11 @@ class Noticeboard:
     def __init__(self, client: redis.Redis, volumes: Iterable[str]) -> None:
         self._client: Any = client  # redis-py types its answers for both protocols at once
         self._volumes = sorted(volumes)
-        self._copies: OrderedDict[tuple[str | None, bool], View] = OrderedDict()
-        self._running: dict[tuple[str | None, bool], asyncio.Task[View]] = {}
+        self._copies: OrderedDict[_What, View] = OrderedDict()
+        self._running: dict[_What, asyncio.Task[View]] = {}
 
-    async def nodes(self, *, mounts: bool) -> View:
-        """All nodes, with their mounts if asked for; without attachments. When Redis does not answer, the last view.
+    async def nodes(self, mounts: MountsWanted) -> View:
+        """All nodes, with the mounts that are wanted; without attachments. When Redis does not answer, the last view.
 
         Raises `ServiceUnavailable` if there is none.
         """
@@ -67,13 +68,13 @@ class Noticeboard:
 
     async def node(self, agent_id: str) -> View:
         """One node with mounts and attachments; no node in the view if nothing is known of it. Raises as `nodes`."""
-        return await self._read(agent_id, True)
+        return await self._read(agent_id, MountsWanted.ALL)
 
     async def close(self) -> None:
         for task in list(self._running.values()):
             task.cancel()
 
-    async def _read(self, agent_id: str | None, mounts: bool) -> View:
+    async def _read(self, agent_id: str | None, mounts: MountsWanted) -> View:
         what = (agent_id, mounts)
         task = self._running.get(what)
         if task is None:
@@ -104,12 +105,12 @@ class Noticeboard:
             self._copies.popitem(last=False)
         return view
 
-    def _ended(self, what: tuple[str | None, bool], task: asyncio.Task[View]) -> None:
+    def _ended(self, what: _What, task: asyncio.Task[View]) -> None:
         self._running.pop(what, None)
         if not task.cancelled():
             task.exception()  # looked at, also if every caller has gone
 
-    async def _fetch(self, agent_id: str | None, with_mounts: bool) -> View:
+    async def _fetch(self, agent_id: str | None, mounts: MountsWanted) -> View:
         async with asyncio.timeout(READ_SECONDS):
             view = View()
             ids = [agent_id] if agent_id is not None else await self._client.zrange(noticeboard.AGENTS, 0, -1)
@@ -123,8 +124,8 @@ class Noticeboard:
                     log.info("the report of a node cannot be read", agent_id=name)
                 else:
                     view.nodes.append(node)
-            if with_mounts:
-                unreadable += await self._add_mounts(view)
+            if mounts is not MountsWanted.NONE:
+                unreadable += await self._add_mounts(view, mounts)
             if agent_id is not None:
                 unreadable += await self._add_attachments(view)
             return View(view.nodes, view.mounts, view.attachments, unreadable)
@@ -141,15 +142,22 @@ class Noticeboard:
             found += zip(answers[::2], answers[1::2], strict=True)
         return found
 
-    async def _add_mounts(self, view: View) -> int:
+    async def _add_mounts(self, view: View, mounts: MountsWanted) -> int:
         nodes = {node.agent_id: node for node in view.nodes}
-        places = [(node.agent_id, volume) for node in view.nodes for volume in node.volumes]
+        # Of a node that reports it is known which of its mounts are troubled; of one that does not, all are.
+        whole = [node for node in view.nodes if mounts is MountsWanted.ALL or node.stale]
+        places = [(node.agent_id, volume) for node in whole for volume in node.volumes]
         keys = await self._members([noticeboard.mounts(agent_id, volume) for agent_id, volume in places])
-        names = [
-            (agent_id, noticeboard.mount(agent_id, key))
-            for (agent_id, _), members in zip(places, keys, strict=True)
-            for key in members
-        ]
+        found = [(agent_id, key) for (agent_id, _), members in zip(places, keys, strict=True) for key in members]
+        if mounts is MountsWanted.TROUBLED:
+            found += [
+                (node.agent_id, key)
+                for node in view.nodes
+                if not node.stale
+                for count in node.volumes.values()
+                for key in count.troubled
+            ]
+        names = [(agent_id, noticeboard.mount(agent_id, key)) for agent_id, key in found]
         unreadable = 0
         for (agent_id, name), fields in zip(names, await self._hashes([name for _, name in names]), strict=True):
             if not fields:
@@ -246,6 +254,7 @@ def _mount(fields: Hash, node: NodeStatus) -> MountStatus | None:
                 **told,
                 "usage": told if "measured_at" in told else None,
                 "sessions": json.loads(fields["sessions"]),
+                "heartbeat": node.heartbeat,
                 "heartbeat_age_seconds": node.heartbeat_age_seconds,
                 "stale": node.stale,
             }

@@ -78,7 +78,7 @@ class Storages:
         """All volumes of the type, all nodes, and the mounts that are wanted."""
         volumes = self._of(kind)
         names = {volume.name for volume in volumes}
-        view = await self._board.nodes(mounts=wanted is not MountsWanted.NONE)
+        view = await self._board.nodes(wanted)
         nodes = [node.only(names) for node in view.nodes]
         return StorageStatus(
             type=kind,

@@ -50,7 +50,7 @@ async def test_every_key_says_what_is_and_ends_by_itself(
         attachment_name = f"mooring:attachment:{AGENT_ID}:{session}:{request.vfid.partition('/')[2]}"
 
         async def live() -> bool:
-            return await client.hget(mount_name, "state") == "live" and bool(await client.exists(attachment_name))
+            return [await client.hget(name, "state") for name in (mount_name, attachment_name)] == ["live", "bound"]
 
         await until_async(live, "the mount is reported")
         mount = await client.hgetall(mount_name)
@@ -68,7 +68,7 @@ async def test_every_key_says_what_is_and_ends_by_itself(
             assert 0 < await client.pttl(name) <= 5000
         assert 5000 < await client.pttl(agent_name) <= 60_000, "a node that went away is seen to be away"
         assert await client.zrange("mooring:agents", 0, -1) == [AGENT_ID]
-        before = mount["heartbeat"]
+        before = await client.hget(agent_name, "heartbeat")
         # And it is what the proxy reads.
         view = await Noticeboard(client, ["minio"]).node(AGENT_ID)
         assert (view.unreadable, [item.key for item in view.mounts]) == (0, [spec.mount_key])
@@ -76,9 +76,11 @@ async def test_every_key_says_what_is_and_ends_by_itself(
         assert (view.nodes[0].state, view.nodes[0].by_state, view.mounts[0].state) == ("running", {"live": 1}, "live")
 
         async def renewed() -> bool:
-            return str(await client.hget(mount_name, "heartbeat")) > before
+            return str(await client.hget(agent_name, "heartbeat")) > before
 
         await until_async(renewed, "the heartbeat goes on")
+        await client.delete(mount_name)
+        await until_async(live, "what Redis lost is told again")
         hashes = [await client.hgetall(name) for name in names if await client.type(name) == "hash"]
         everything = json.dumps([*hashes, await client.xrange("mooring:events")])
         assert node.credential.secret_key.reveal() not in everything
