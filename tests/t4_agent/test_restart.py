@@ -165,12 +165,14 @@ async def live_again(agent: AgentClient) -> None:
 async def test_what_died_while_the_agent_was_away_is_repaired(
     node: Node, folder: str, lasting: AgentProcess, podman: Podman
 ) -> None:
-    """One mount process is dead, one bind taken away, one file planted; the container never stops."""
+    """One mount process is dead, one bind taken away, one file planted; the containers never stop, and one of them is
+    not reached by propagation."""
     async with await lasting.start() as agent:
         dead = await agent.attach(node.grant(node.request(folder, "data")))
         alive = await agent.attach(node.grant(node.request(folder, "other", target="/other")))
         pids = {mount.prefix: mount.pid for mount in await agent.mounts()}
         name = await podman.start(dead, alive)
+        careless = await podman.start(options=(f"--mount=type=bind,source={dead.source},target=/data",))
     await lasting.kill()
     pid = pids["data/"]
     assert pid is not None
@@ -190,9 +192,15 @@ async def test_what_died_while_the_agent_was_away_is_repaired(
             "hello from data/hello from other/",
         )
         await until(lambda: (Path(alive.source) / "hello.txt").exists(), "the bind is made again")
+
+        async def mended() -> bool:
+            return await podman.execute(careless, "cat /data/hello.txt") == (0, "hello from data/")
+
+        await until_async(mended, "the other container reads as well")
         for spec in (dead, alive):
             await agent.detach_session(spec.session_id)
-        await podman.remove(name)
+        for each in (name, careless):
+            await podman.remove(each)
         await agent.gc()
         assert node.residue() == {}
 
