@@ -274,6 +274,7 @@ async def test_three_renewals_without_a_failed_open(cluster: Cluster, node: Node
         jump, renewed = 0.0, asyncio.Event()
         agent.attachments.listen(lambda event: renewed.set() if event.kind is EventKind.RENEWED else None)
         agent.renewals._wall, agent.renewals._look = lambda: time.time() + jump, 0.05
+        agent.renewals._wake.set()
         async with reader(bind.source, node.place / "rounds") as told:
             for _ in range(3):
                 async with cluster.proxy.proxy.database.session() as session:
