@@ -358,10 +358,9 @@ class Watchdog:
         endpoint = record.plan.location.endpoint
         away = time.monotonic() - self._away.get(endpoint, -_AWAY_SECONDS) < _AWAY_SECONDS
         item.checks += 1
-        answer: Answer | None = None
         if not (known or away or item.checks % _S3_TURNS == 0):
             answer = await self._prober.fresh_name(item.path, _DEEP_SECONDS)
-            if answer.healthy:
+            if _is_well(answer):
                 return None
         error = await self._mounter.examine(record)
         if error is not None and error.temporary:
@@ -373,9 +372,10 @@ class Watchdog:
             return f"{item.place}: {error}"
         self._away.pop(endpoint, None)
         answer = await self._prober.fresh_name(item.path, _DEEP_SECONDS)
-        if answer.healthy or not self._is_current(item):
+        if _is_well(answer) or not self._is_current(item):
             return None
-        return f"{item.place}: S3 accepts the credential, but the mount says: {answer}."
+        said = "that a name is there which cannot be" if answer.number == 0 else str(answer)
+        return f"{item.place}: S3 accepts the credential, but the mount says: {said}."
 
     # --- plumbing -----------------------------------------------------------------------------------------------------
 
@@ -399,6 +399,11 @@ class Watchdog:
                 log.exception("a look at a mount failed", task=name)
 
         self._tasks.create_task(run(), name=name)
+
+
+def _is_well(answer: Answer) -> bool:
+    """A name that nobody has made is not there. To s3fs 1.90 every name is there when S3 refuses its key."""
+    return answer.number == errno.ENOENT
 
 
 def _last_asked(item: _Watched) -> float:
