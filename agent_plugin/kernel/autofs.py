@@ -49,8 +49,6 @@ _CATATONIC = _command(0x79)
 _TIMEOUT = _command(0x7A)
 _EXPIRE = _command(0x7C)
 
-_EXPIRE_IMMEDIATE = 1
-
 
 class PacketType(IntEnum):
     """What the kernel asks of an indirect mount."""
@@ -146,17 +144,14 @@ class Autofs:
         """The look-up ends with the error `number` (an errno)."""
         self._call(_FAIL, mount_fd, token, -abs(number))
 
-    def set_timeout(self, mount_fd: int, seconds: int) -> None:
-        """After how long without a look-up a name may expire."""
-        self._call(_TIMEOUT, mount_fd, seconds)
-
-    def expire(self, mount_fd: int, *, at_once: bool = False) -> bool:
-        """Lets the kernel choose a name that nobody used for the timeout (`at_once`: that nobody uses now), and asks
-        about it by a packet; look-ups of it wait for the answer. Returns when that was given: True if it was `ready`,
-        False if there was no such name or the answer was `fail`. Blocks: never call it where packets are read.
+    def expire(self, mount_fd: int, unused_for: float) -> bool:
+        """Lets the kernel choose a name that nobody uses, and that nobody looked up for so many seconds (1 at least),
+        and asks about it by a packet; look-ups of it wait for the answer. Returns when that was given: True if it was
+        `ready`, False if there was no such name or the answer was `fail`. Blocks: never call it where packets are read.
         """
+        self._call(_TIMEOUT, mount_fd, max(1, round(unused_for)))
         try:
-            self._call(_EXPIRE, mount_fd, _EXPIRE_IMMEDIATE if at_once else 0)
+            self._call(_EXPIRE, mount_fd)
         except OSError as err:
             if err.errno in (errno.EAGAIN, errno.EBUSY, errno.ENOENT):
                 return False

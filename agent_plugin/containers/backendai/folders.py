@@ -36,7 +36,7 @@ from ...kernel.mountinfo import escape
 from ...kernel.namespaces import Holder, holders
 from .kernels import KernelEvent
 from .places import FolderPlace
-from .tree import Tree
+from .tree import YOUNG_SECONDS, Point, Tree
 
 log = get_logger(__name__)
 
@@ -44,10 +44,10 @@ log = get_logger(__name__)
 SESSION_PREFIX = "node-wide-"
 _KERNEL_SECONDS = 5.0
 _SCAN_SECONDS = 10.0
-# Whoever looked a folder up finds it gone again, if it is released before they have run; on a busy host that may take a
-# while. One that a container has held is known to have been found.
-_YOUNG_SECONDS = 5.0
 _END_SECONDS = 10.0
+_PAUSE_SECONDS = 0.2
+# For so long after the end of a kernel its folders are looked at: its container may take a while to go.
+_SOON_SECONDS = 15.0
 _ASK_AGAIN_SECONDS = 3600.0
 _RETRY_SECONDS = 60.0
 
@@ -61,9 +61,7 @@ class _Folder:
     place: FolderPlace
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     session: SessionID | None = None
-    mounted: float = 0.0
     used: float = 0.0
-    held: bool = False  # since it was mounted
     releasing: bool = False
 
 
@@ -95,7 +93,7 @@ class NodeFolders:
         self._folders: dict[FolderPlace, _Folder] = {}
         self._ending: set[SessionID] = set()  # grants that the manager has not been told the end of
         self._hint = asyncio.Event()
-        self._at_once = False
+        self._soon_until = 0.0  # a kernel has ended: until then, what nobody holds goes without waiting to be idle
         attachments.listen(self._note)
 
     def _note(self, event: Event) -> None:
@@ -109,12 +107,7 @@ class NodeFolders:
         """
         log.debug("kernel event", name=event.name, kernel_id=event.kernel_id)
         if event.ended:
-            self._release_soon()
-        else:
-            self._hint.set()
-
-    def _release_soon(self) -> None:
-        self._at_once = True
+            self._soon_until = time.monotonic() + _SOON_SECONDS
         self._hint.set()
 
     # --- taking over --------------------------------------------------------------------------------------------------
@@ -166,8 +159,7 @@ class NodeFolders:
                     if folder.session is None:
                         self._folders.pop(place, None)
                     raise
-                folder.mounted = folder.used = time.monotonic()
-                folder.held = False
+                folder.used = time.monotonic()
                 return
 
     async def _attached(self, folder: _Folder) -> Path:
@@ -200,46 +192,41 @@ class NodeFolders:
         asked_again = 0.0
         self._hint.set()
         while True:
+            pause = 1.0 if time.monotonic() < self._soon_until else min(self._idle / 4, 30.0)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(max(self._idle / 4, 0.2), 30.0)):
+                async with asyncio.timeout(max(pause, _PAUSE_SECONDS)):
                     await self._hint.wait()
             self._hint.clear()
-            at_once, self._at_once = self._at_once, False
             try:
                 if time.monotonic() >= asked_again:
                     heard = await self._end_unknown()
                     asked_again = time.monotonic() + (_ASK_AGAIN_SECONDS if heard else _RETRY_SECONDS)
-                young = await self._sweep(at_once=at_once)
+                await self._sweep()
             except MooringError as err:
                 log.warning("the volume roots could not be looked through", error=str(err))
             except Exception:
                 log.exception("the volume roots could not be looked through")
-            else:
-                if young:  # an end was told, but its folder was mounted a moment ago: look again
-                    asyncio.get_running_loop().call_later(_YOUNG_SECONDS / 4, self._release_soon)
+            await asyncio.sleep(_PAUSE_SECONDS)  # events may come in any number
 
-    async def _sweep(self, *, at_once: bool) -> bool:
-        """One look at everything. Returns True if `at_once` met a folder that is too young for it."""
+    async def _sweep(self) -> None:
+        """One look at everything."""
         for tree in self._trees.values():
             await self._compare(tree)
-        await self._detach_orphans()
         held = await self._held()
+        await self._detach_orphans(held)
         now = time.monotonic()
-        young = False
         for folder in list(self._folders.values()):
             if folder.place in held:
                 folder.used = now
-                folder.held = True
             elif folder.lock.locked():
                 continue
-            elif not folder.held and now - folder.mounted < _YOUNG_SECONDS:
-                young = young or at_once
-            elif at_once or now - folder.used >= self._idle:
-                await self._let_go(folder, at_once=at_once)
+            elif now < self._soon_until:
+                await self._let_go(folder, YOUNG_SECONDS)
+            elif now - folder.used >= self._idle:
+                await self._let_go(folder, max(self._idle, YOUNG_SECONDS))
         for tree in self._trees.values():
             await off_loop("a look at the volume roots", _KERNEL_SECONDS, lambda tree=tree: _prune(tree))  # type: ignore[misc]
         await self._end_grants()
-        return young
 
     async def _compare(self, tree: Tree) -> None:
         """Makes what is mounted below a root agree with the attachments."""
@@ -259,26 +246,30 @@ class NodeFolders:
                 if folder.session is not None:
                     self._ending.add(folder.session)
 
-    async def _detach_orphans(self) -> None:
+    async def _detach_orphans(self, held: set[FolderPlace]) -> None:
         """Attachments that no place shows: of an attach that ended after its look-up had given up on it."""
         for item, plan in self._attachments.attachments():
             place = self._place_of(item, plan.volume)
             folder = self._folders.get(place) if place is not None else None
-            if place is None or (folder is not None and (folder.session == item.session or folder.lock.locked())):
+            if (
+                place is None
+                or place in held
+                or (folder is not None and (folder.session == item.session or folder.lock.locked()))
+            ):
                 continue
             log.info("an attachment that nothing shows is ended", place=str(place), session=item.session)
             await self._attachments.detach_session(item.session)
             self._ending.add(item.session)
 
-    async def _held(self) -> set[FolderPlace]:
-        """The folders that a container, or any other mount namespace, holds."""
+    async def _held(self, wanted: FolderPlace | None = None) -> set[FolderPlace]:
+        """The folders, or whether the one, that a container or any other mount namespace holds."""
 
         def look() -> set[FolderPlace]:
             table = read_mountinfo()
             devices: dict[FolderPlace, set[str]] = {}
             for item, plan in self._attachments.attachments():
                 place = self._place_of(item, plan.volume)
-                if place is None:
+                if place is None or wanted not in (None, place):
                     continue
                 source = self._attachments.spec(item, plan).source
                 leaf = self._trees[place.root].leaf(place)
@@ -304,8 +295,10 @@ class NodeFolders:
             return False
         return any(line.split(" ", 5)[4] == escape(whole) for line in table.split("\n") if line)
 
-    async def _let_go(self, folder: _Folder, *, at_once: bool) -> None:
-        """Asks the kernel to expire the folder; `expired` answers. Then detaches what is not mounted any more."""
+    async def _let_go(self, folder: _Folder, unused_for: float) -> None:
+        """Asks the kernel to expire the folder if nobody looked it up for so many seconds; `expired` answers. Then
+        detaches what is not mounted any more.
+        """
         place = folder.place
         tree = self._trees[place.root]
         point = next((point for point in tree.points.values() if point.names == place.names[:-1]), None)
@@ -313,13 +306,11 @@ class NodeFolders:
         if point is not None and mounted:
             folder.releasing = True
             try:
-                await off_loop(
-                    "an expiry", self._deadline, lambda: _expire(self._autofs, point.path, point.device, at_once)
-                )
+                await off_loop("an expiry", self._deadline, lambda: _expire(self._autofs, point, unused_for))
             finally:
                 folder.releasing = False
             if entries_at(tree.leaf(place)):
-                return  # somebody of this host uses it
+                return  # somebody uses it, or did a moment ago
         async with folder.lock:
             if entries_at(tree.leaf(place)):
                 return  # looked up again meanwhile
@@ -328,11 +319,23 @@ class NodeFolders:
         log.info("folder released", place=str(place))
 
     async def expired(self, place: FolderPlace) -> bool:
-        """The kernel found nobody in it: True if it was unmounted."""
+        """The kernel found nobody in it: True if it was unmounted. Until this returns, look-ups of it wait.
+
+        A container may have bound it after it was looked whether one does. So that is looked at once more when it is
+        unmounted and nobody can bind it; if one has, it is mounted again.
+        """
         folder = self._folders.get(place)
-        if folder is None or not folder.releasing:
+        if folder is None or not folder.releasing or not await self._unmount(place):
             return False
-        return await self._unmount(place)
+        try:
+            if place not in await self._held(place):
+                return True
+        except MooringError as err:
+            log.warning("a folder is not released", place=str(place), error=str(err))
+        if (found := self._attachment(folder)) is not None:
+            mount = partial(self._trees[place.root].mount_leaf, place, Path(self._attachments.spec(*found).source))
+            await off_loop("the mount of a folder", _KERNEL_SECONDS, mount)
+        return False
 
     async def _unmount(self, place: FolderPlace, *, force: bool = False) -> bool:
         tree = self._trees[place.root]
@@ -413,10 +416,10 @@ class NodeFolders:
             log.info("folder shown anew", place=str(folder.place), key=item.key)
 
 
-def _expire(autofs: Autofs, path: Path, device: str, at_once: bool) -> bool:
-    fd = autofs.open(path, device)
+def _expire(autofs: Autofs, point: Point, unused_for: float) -> bool:
+    fd = autofs.open(point.path, point.device)
     try:
-        return autofs.expire(fd, at_once=at_once)
+        return autofs.expire(fd, unused_for)
     finally:
         os.close(fd)
 

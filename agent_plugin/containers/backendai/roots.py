@@ -57,7 +57,7 @@ async def volume_roots(
         stack.callback(autofs.close)
         trees: dict[str, Tree] = {}
         for name, root in section.root.items():
-            tree = Tree(name, root.path, autofs, section.idle_time)
+            tree = Tree(name, root.path, autofs)
             if not keep:
                 await off_loop("a clean volume root", _SECONDS, tree.clean)
             points = await off_loop("a volume root", _SECONDS, tree.prepare)

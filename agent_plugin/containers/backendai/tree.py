@@ -16,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,15 +45,21 @@ SOURCE = "mooring"
 _MAX_UNMOUNTS = 100_000
 # Inner directories of one volume; more than a node with all its mounts in use needs, and less than harms the kernel.
 MAX_POINTS = 4096
+# What was looked up in so short a time is not released: who did it may not have run since, on a busy host, or be about
+# to bind it.
+YOUNG_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One automount point: an inner directory, the root included. `names` lead to it from the root."""
+    """One automount point: an inner directory, the root included. `names` lead to it from the root; `made` in monotonic
+    seconds.
+    """
 
     tree: Tree
     names: tuple[str, ...]
     device: str
+    made: float
 
     @property
     def path(self) -> Path:
@@ -67,11 +74,10 @@ class Point:
 class Tree:
     """One volume. `points` maps the kernel's number of each automount point to it."""
 
-    def __init__(self, name: str, path: Path, autofs: Autofs, timeout: float) -> None:
+    def __init__(self, name: str, path: Path, autofs: Autofs) -> None:
         self.name = name
         self.path = path
         self._autofs = autofs
-        self._timeout = max(1, round(timeout))
         self._lock: int | None = None
         self.points: dict[int, Point] = {}
 
@@ -138,7 +144,7 @@ class Tree:
                     self._autofs.take_over(fd)
                 finally:
                     os.close(fd)
-                self._add(Point(self, names, entry.device))
+                self.points[encoded(entry.device)] = Point(self, names, entry.device, time.monotonic())
         return len(self.points) - 1
 
     def silence(self) -> None:
@@ -191,17 +197,9 @@ class Tree:
         top = top_at(path)
         if top is None or top.fstype != "autofs":
             raise MountError(f"No automount point appeared at {path}.", hint="Look at the kernel log.")
-        point = Point(self, names, top.device)
-        self._add(point)
-        return point
-
-    def _add(self, point: Point) -> None:
-        fd = self._autofs.open(point.path, point.device)
-        try:
-            self._autofs.set_timeout(fd, self._timeout)
-        finally:
-            os.close(fd)
+        point = Point(self, names, top.device, time.monotonic())
         self.points[encoded(point.device)] = point
+        return point
 
     def add_point(self, parent: Point, name: str) -> Point:
         """Makes an inner directory. Raises `MountError` if there are too many."""
@@ -218,7 +216,7 @@ class Tree:
 
     def prune(self, names: tuple[str, ...]) -> None:
         """Removes the inner directories that lead to `names` and are empty, from the innermost on. One that somebody
-        uses or waits in stays.
+        uses or waits in stays, and a new one: who asked for it may not have run since.
         """
         with self._autofs.changes:
             self._prune(names)
@@ -226,10 +224,11 @@ class Tree:
     def _prune(self, names: tuple[str, ...]) -> None:
         for length in range(len(names), 0, -1):
             path = self.path.joinpath(*names[:length])
-            device = next((n for n, point in self.points.items() if point.names == names[:length]), None)
-            if device is None:
+            found = [(n, point) for n, point in self.points.items() if point.names == names[:length]]
+            if not found:
                 continue
-            if any(path.iterdir()):
+            device, point = found[0]
+            if time.monotonic() - point.made < YOUNG_SECONDS or any(path.iterdir()):
                 return
             try:
                 unmount(path)
