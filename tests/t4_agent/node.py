@@ -244,7 +244,8 @@ class AgentProcess:
         async with asyncio.timeout(seconds):
             return await self._process.wait()
 
-    async def start(self) -> AgentClient:
+    async def start(self, seconds: float = 30.0) -> AgentClient:
+        """Returns when it answers, which must be within so many seconds."""
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", *self._program, "--config", str(self._config)),
@@ -264,7 +265,7 @@ class AgentProcess:
             return True
 
         try:
-            await until_async(answers, "the agent answers", 30.0)
+            await until_async(answers, "the agent answers", seconds)
         except BaseException:
             await client.close()
             raise
