@@ -31,8 +31,9 @@ _IMAGE = "localhost/t4:1"
 class Podman:
     """podman with storage of its own below `place`, and a root file system of one static busybox."""
 
-    def __init__(self, place: Path, settings: str = "") -> None:
+    def __init__(self, place: Path, settings: str = "", *, seconds: float = 60.0) -> None:
         self._place = place
+        self._seconds = seconds  # within which each command must end
         self._conf = place / "containers.conf"
         # Debian 12's crun refuses a host with both cgroup versions mounted; runc is not everywhere.
         runtime = "runc" if shutil.which("runc") else "crun"
@@ -55,7 +56,7 @@ class Podman:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(self._seconds):
             output, _ = await process.communicate()
         return process.returncode or 0, output.decode(errors="replace")
 

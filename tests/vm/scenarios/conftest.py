@@ -14,7 +14,7 @@ from tests.conftest import S3Server
 from tests.t4_agent.podman import Podman, podman_trouble
 
 from . import server
-from .host import ABILITIES, PLACE, Host, HostNode, running_host
+from .host import ABILITIES, PLACE, SLOWNESS, Host, HostNode, running_host
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,7 +47,7 @@ def podman() -> Iterator[Podman]:
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(mode=0o700, parents=True)
     with asyncio.Runner() as runner:
-        made = Podman(place)
+        made = Podman(place, seconds=60 * SLOWNESS)
         trouble = runner.run(podman_trouble(made))
         assert trouble is None, trouble
         yield made

@@ -154,6 +154,13 @@ class AgentUnit:
         await command("systemctl", "stop", UNIT)
 
 
+class PatientProcess(AgentProcess):
+    """A process of ours, which may take its time on an emulated machine."""
+
+    async def start(self, seconds: float = 60.0 * SLOWNESS) -> AgentClient:
+        return await super().start(seconds)
+
+
 async def answers(client: AgentClient) -> bool:
     try:
         await client.identity()
@@ -256,7 +263,7 @@ def make_service(node: HostNode, **settings: Any) -> AgentService:
     if "systemd" in ABILITIES:
         return AgentUnit(node, **settings)
     node.runtime.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return AgentProcess(node, **settings)
+    return PatientProcess(node, **settings)
 
 
 @asynccontextmanager

@@ -10,7 +10,7 @@ import os
 from tests.t4_agent.podman import Podman
 
 from . import server
-from .host import PLACE, Host, HostNode, running_host
+from .host import PLACE, SLOWNESS, Host, HostNode, running_host
 
 # One line for each grant, on the disk before the next step.
 ACKNOWLEDGED = PLACE / "acknowledged.jsonl"
@@ -21,7 +21,7 @@ async def main() -> None:
     node = HostNode(weed.endpoint_url, server.admin(), PLACE / "node")
     place = PLACE / "load"
     place.mkdir()
-    async with running_host(node, Podman(place), server.BUCKET) as host:
+    async with running_host(node, Podman(place, seconds=60 * SLOWNESS), server.BUCKET) as host:
         await host.reader(await host.attach())
         with ACKNOWLEDGED.open("w") as log:
             for number in itertools.count():
