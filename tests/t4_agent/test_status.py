@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import AsyncIterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -179,3 +181,31 @@ async def test_a_death_and_its_repair_are_told(
         assert "ended" in death["error"]
         assert json.loads(events[-1]["detail"])["repairs"] == 1
         assert await client.hget(f"mooring:mount:{AGENT_ID}:{spec.mount_key}", "state") == "live"
+
+
+@pytest.mark.expects_log("mount process ended")
+@pytest.mark.expects_log("could not be repaired yet")
+@pytest.mark.expects_log("not repaired any more")
+@pytest.mark.expects_log("stamina.retry_scheduled")
+async def test_the_worst_mount_speaks_for_its_volume(
+    node: Node, folder: str, server: RedisServer, client: redis.Redis
+) -> None:
+    """One of two mounts is dead for good: its key is not accepted any more."""
+    async with node.agent(redis=settings(server), repair_attempts=1) as agent:
+        await agent.attach(node.grant(node.request(folder, "data")))
+        (pid,) = node.processes()
+        await agent.attach(node.grant(node.request(folder, "other")))
+
+        async def told(state: MountState) -> bool:
+            volumes = json.loads(str(await client.hget(f"mooring:agent:{AGENT_ID}", "volumes")))
+            return bool(volumes["minio"]["worst_state"] == state and sum(volumes["minio"]["by_state"].values()) == 2)
+
+        await until_async(lambda: told(MountState.LIVE), "both live")
+        for path in node.credentials():
+            path.write_text("AWSAccessKeyId=WRONG\nAWSSecretKey=wrong\n")
+        os.kill(pid, signal.SIGKILL)
+        await until_async(lambda: told(MountState.FAILED), "the failed one is told", 30.0)
+        volume = json.loads(str(await client.hget(f"mooring:agent:{AGENT_ID}", "volumes")))["minio"]
+        assert volume["by_state"] == {"failed": 1, "live": 1}
+        assert "does not accept this credential" in volume["last_error"]
+        assert datetime.fromisoformat(volume["worst_since"]).tzinfo is not None
