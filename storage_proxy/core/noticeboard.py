@@ -10,9 +10,10 @@ who read.
     mooring:events                                 stream: what happened to mounts, on all nodes, oldest first
 
 Everything but the first and the last is renewed at each heartbeat, in one transaction with the events since the one
-before, and has a time to live: mounts and attachments vanish after `ttl` seconds without a report, and are as old as the
-report of their node. The hash of the node stays for `retention` seconds, so that a node which went away is seen to be away. All its times to live start at
-the report, so its rest tells the age of the report by the clock of Redis, whatever the clocks of the nodes say.
+before, and has a time to live: mounts and attachments vanish after `ttl` seconds without a report, and are as old as
+the report of their node. The hash of the node stays for `retention` seconds, so that a node which went away is seen to
+be away. All its times to live start at the report, so its rest tells the age of the report by the clock of Redis,
+whatever the clocks of the nodes say.
 
 No id holds a colon (`core.ids`), so the names cannot be confused. Nothing here is a secret, and nothing is the only
 copy: losing it all loses no fact.
