@@ -76,6 +76,7 @@ async def test_an_agent_gets_what_its_path_names(stack: Stack, proxy: FakeProxy)
     assert SECRET not in "".join(stack.answers)
 
 
+@pytest.mark.semantics(9)
 async def test_nothing_is_open_that_is_not_named(stack: Stack, tmp_path: Path, proxy: FakeProxy) -> None:
     data = await vfid_of(stack, "data")
     place = (data.scope.hex, data.hex)

@@ -190,6 +190,7 @@ async def gone(stand: Stand, seconds: float = 30.0) -> None:
 # --- look-ups ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.semantics(21)
 @pytest.mark.parametrize("stand", [{"backend_ai": {"idle-time": 1}}], indirect=True)
 async def test_a_folder_is_mounted_when_it_is_looked_up(stand: Stand, folder: str, s3: S3Client) -> None:
     node = stand.node

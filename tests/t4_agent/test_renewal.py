@@ -524,7 +524,7 @@ async def test_a_refused_key_without_another_comes_back_with_s3(
 @pytest.mark.expects_log("credential not renewed")
 @pytest.mark.expects_log("giving up a mount")
 @pytest.mark.expects_log("a mount could not be repaired yet")
-@pytest.mark.semantics(18)
+@pytest.mark.semantics(19)
 async def test_an_end_without_a_renewal_is_an_error_and_not_an_empty_folder(node: Node, keys: Keys) -> None:
     work, first = Work(node, keys.bucket), await keys.new(3)
     async with node.agent() as client:

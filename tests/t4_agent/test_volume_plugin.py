@@ -340,6 +340,7 @@ async def _referred(engine: Engine, name: str, times: int) -> bool:
 # --- a new start ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.semantics(20)
 async def test_volumes_and_references_outlive_the_agent(node: Node, folder: str, engine: Engine) -> None:
     """Killed and started anew: the engine does not mount again what it believes to be mounted."""
     process = AgentProcess(node, volume_plugin=plugin(node, folder), stop_mounts_on_exit=False)
