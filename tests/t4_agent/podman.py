@@ -77,7 +77,7 @@ class Podman:
         mount: str = "",
         options: tuple[str, ...] = (),
     ) -> str:
-        """Starts a container that stays, with these folders; its name. `close` removes it."""
+        """Starts a container that stays, with these folders; its name. It goes with the test, or by `remove`."""
         name = f"t4-{secrets.token_hex(4)}"
         mounts = [f"--mount={mount or spec.podman_mount()}" for spec in specs]
         code, output = await self(
