@@ -146,14 +146,14 @@ async def containers() -> list[Finding]:
 
 
 async def mounts(known: dict[str, list[str]] | None = None) -> list[Finding]:
-    """FUSE mounts of ours and of s3fs: does a process still serve each?"""
+    """FUSE mounts of ours and of s3fs: does a process still serve each? What is covered by another does not count: a
+    repaired mount lies on its dead predecessor as long as a session holds it."""
     from ..embedded.residue import mounts_below
 
     servers = await asyncio.to_thread(fuse_servers)
     found = []
-    ours = [
-        mount for mount in mounts_below(Path("/")) if mount.is_fuse and mount.fs_type in ("fuse.s3fs", "fuse.mooring")
-    ]
+    seen = {mount.path: mount for mount in mounts_below(Path("/"))}  # of several at a path the last one
+    ours = [mount for mount in seen.values() if mount.is_fuse and mount.fs_type in ("fuse.s3fs", "fuse.mooring")]
     for device in dict.fromkeys(mount.device for mount in ours):
         paths = [mount.path for mount in ours if mount.device == device]
         minor = int(device.partition(":")[2])

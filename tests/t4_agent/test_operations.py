@@ -16,6 +16,7 @@ from agent_plugin.events import Event, EventKind
 from agent_plugin.inspection import Inspector
 from agent_plugin.layout import Layout
 from agent_plugin.resources import Resources
+from storage_proxy.cli import checks
 from storage_proxy.client.agent import AgentClient
 from storage_proxy.client.storages import EventsLost, FeedItem, MountEvent
 from storage_proxy.core.errors import InvalidIdentifier, InvalidRequest, NotFound, ServiceUnavailable
@@ -149,6 +150,8 @@ async def test_a_forced_repair_replaces_a_process_that_lives(node: Node, folder:
         await until(lambda: len(node.processes()) == 1 and node.processes() != [pid], "another process serves it")
         found = await agent.mount(spec.mount_key)
         assert (found.repairs, found.pid, found.attachments[0].layers) == (1, node.processes()[0], 2)
+        complaints = [found.message for found in await checks.mounts() if str(node.place) in found.message]
+        assert complaints == [], "mooring doctor does not mind the dead one below"
 
 
 # --- drain ------------------------------------------------------------------------------------------------------------
