@@ -14,7 +14,7 @@ from storage_proxy.client.agent import AgentClient
 from storage_proxy.core.wire import BindSpec
 from tests.t4_agent.node import new_session, until
 
-from .costs import Idle, Meter, idle, memory_mib
+from .costs import Idle, Meter, cpu_seconds, idle, memory_mib
 from .peers import bare
 from .stand import AgentRun, Stand, load, spread
 
@@ -142,7 +142,7 @@ async def herd(stand: Stand, count: int, rounds: int) -> dict[str, Any]:
 async def _end_all(stand: Stand, agent: AgentRun) -> None:
     for session in {item.session_id for item in await agent.client.attachments()}:
         await agent.client.detach_session(session)
-    await until(lambda: stand.node.residue() == {}, "nothing is left", 30.0)
+    await until(lambda: stand.node.residue() == {}, "nothing is left", 60.0)
 
 
 async def churn(stand: Stand, rate: float, seconds: float) -> dict[str, Any]:
@@ -167,16 +167,17 @@ async def churn(stand: Stand, rate: float, seconds: float) -> dict[str, Any]:
             except Exception as err:
                 failed.append(f"{type(err).__name__}: {err}")
 
-        began = time.monotonic()
+        began, worked = time.monotonic(), cpu_seconds([agent.process.pid])
         async with asyncio.TaskGroup() as tasks:
             for number, (session, grant) in enumerate(grants):
                 await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
                 tasks.create_task(one(session, grant))
         took = time.monotonic() - began
+        worked = cpu_seconds([agent.process.pid]) - worked
         mounts = len(agent.logged("mounted"))
         held = len(await agent.client.attachments())
         await agent.client.gc()
-        await until(lambda: stand.node.residue() == {}, "nothing is left", 30.0)
+        await until(lambda: stand.node.residue() == {}, "nothing is left", 60.0)
     return {
         "wanted_per_second": rate,
         "seconds": round(took, 1),
@@ -184,6 +185,7 @@ async def churn(stand: Stand, rate: float, seconds: float) -> dict[str, Any]:
         "achieved_per_second": round(len(attached) / took, 1),
         "failed": len(failed),
         "first_failure": failed[0] if failed else None,
+        "agent_cpu_ms_each": round(1000 * worked / count, 2),
         "attach_ms": spread(attached),
         "detach_ms": spread(detached),
         "mounts_made": mounts,

@@ -91,6 +91,7 @@ def _churn(found: dict[str, Any]) -> list[str]:
         f"failed: {found['failed']}, mounts made: {found['mounts_made']}, left: {found['attachments_left']}",
         f"  attach                       {_times(found['attach_ms'], 'ms')}",
         f"  detach                       {_times(found['detach_ms'], 'ms')}",
+        f"  CPU of the agent             {found['agent_cpu_ms_each']} ms for both",
     ]
 
 
