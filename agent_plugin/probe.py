@@ -159,10 +159,13 @@ class Prober:
             return
         # At once, not when its exit is known: a question in between would wait for ever.
         self._process = None
-        _let_go(process)
         for future in list(self._waiting.values()):
             if not future.done():
                 future.set_exception(ConnectionError("the mount prober ended"))
+        try:
+            await process.wait()  # before its pipes are closed: asyncio would ask for its exit a second time then
+        finally:
+            _let_go(process)
 
 
 def _let_go(process: asyncio.subprocess.Process) -> None:
