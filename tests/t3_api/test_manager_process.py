@@ -86,7 +86,7 @@ def test_a_configuration_needs_a_proxy(tmp_path: Path) -> None:
 
 def test_the_sample_loads_with_every_line_in_use(tmp_path: Path) -> None:
     text = sample(ManagerConfig, title="t").replace("# url =", "url =")
-    lines = [re.sub(r"^# (?=[a-z-]+ = )", "", line) for line in text.splitlines()]
+    lines = [re.sub(r"^# (?=[a-z-]+ = |\[)", "", line) for line in text.splitlines()]
     path = tmp_path / "m.toml"
     path.write_text("\n".join(lines))
     path.chmod(0o600)

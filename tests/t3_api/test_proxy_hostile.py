@@ -69,6 +69,7 @@ FOLDERS: list[tuple[str, str, dict[str, Any]]] = [
     *((method, route, {field: ["x"] if field == "relpaths" else "x", **more}) for method, route, field, more in PATHS),
 ]
 WITHOUT_FOLDER = {"/", "/status", "/volumes", "/volume/hwinfo", "/folder/fs-usage", "/folder/mount-credential/revoke"}
+WITHOUT_FOLDER |= {"/storages/{type}/status", "/storages/{type}/status/{agent}", "/storages/{type}/events"}
 HEALTH = {"/livez", "/readyz", "/health"}
 
 
