@@ -107,6 +107,7 @@ async def test_the_table_watch_tells_of_changes_only(tmp_path: Path) -> None:
 @pytest.mark.expects_log("stacked a session bind again")
 @pytest.mark.parametrize("covered", [True, False], ids=["covered", "taken away"])
 @pytest.mark.parametrize("place", ["pool", "bind"])
+@pytest.mark.semantics(23)
 async def test_pool_and_binds_are_put_back(node: Node, folder: str, place: str, covered: bool) -> None:
     async with attached(node, folder, reconcile_interval=NEVER) as (agent, spec, told):
         (record,) = await agent.mounts()
@@ -231,6 +232,7 @@ async def test_a_mount_process_of_nobody_is_ended(node: Node, folder: str) -> No
 
 @pytest.mark.containers
 @pytest.mark.expects_log("mount process ended")
+@pytest.mark.semantics(23)
 async def test_careless_binds_are_repaired_with_the_mount(node: Node, folder: str, podman: Podman) -> None:
     """Without rslave, and of a directory below the folder, where propagation cannot reach at all."""
     async with node.agent() as agent:
@@ -257,6 +259,7 @@ async def test_careless_binds_are_repaired_with_the_mount(node: Node, folder: st
 
 @pytest.mark.containers
 @pytest.mark.expects_log("released a folder")
+@pytest.mark.semantics(24)
 async def test_a_folder_that_no_container_holds_any_more_is_released(node: Node, folder: str, podman: Podman) -> None:
     """A session that never detaches. One whose container has not started yet is not touched."""
     settings = {"reconcile_interval": 1.0, "release_unheld_after": 1.0}

@@ -194,6 +194,7 @@ async def test_a_late_answer_is_told_and_costs_nothing(node: Node, folder: str) 
 
 
 @NOT_SERVING
+@pytest.mark.semantics(22)
 async def test_a_process_at_work_is_not_given_up(node: Node, folder: str, caplog: pytest.LogCaptureFixture) -> None:
     """Far longer than the deadline: a wait for a server that has taken all its threads looks like that."""
     caplog.set_level(logging.INFO, "agent_plugin.watch")
@@ -369,6 +370,7 @@ async def untroubled(agent: AgentClient, seconds: float = 30.0) -> None:
 
 @pytest.mark.expects_log("stamina.retry_scheduled")
 @pytest.mark.semantics(2)
+@pytest.mark.semantics(22)
 async def test_a_silent_server_costs_no_mount(node: Node, s3_server: S3Server, folder: str) -> None:
     """Callers wait for S3 for many times the hang deadline; the mount stays and works again by itself."""
     async with behind_a_relay(node, s3_server, folder) as (relay, agent, manager, spec):
