@@ -316,7 +316,8 @@ class Attachments:
     async def _release(self, entry: Entry, item: AttachmentRecord, *, forget_grant: bool = False) -> None:
         """Unbinds and forgets one attachment; the mount of the last one drains, or goes at once if it never lived."""
         await self._journal.set_attachment(item, AttachmentState.RELEASING)
-        await off_loop("an unbind", KERNEL_SECONDS, lambda: self._binds.remove(item.session, item.vfid))
+        async with self._mounter.unmounting:
+            await off_loop("an unbind", KERNEL_SECONDS, lambda: self._binds.remove(item.session, item.vfid))
         await self._journal.drop_attachment(item, forget_grant=forget_grant)
         folder: Folder = (item.session, item.vfid)
         entry.attachments.pop(folder, None)

@@ -74,10 +74,11 @@ class Lifecycle:
         """Makes the first mount of a key, which the journal has as staging. On failure the caller takes it down."""
         begun = time.monotonic()
         try:
-            process = entry.process = await self._mounter.start(record, credential)
-            record.process = process.identity
-            await self._journal.save_mount(Step.MOUNT_STARTED, record)
-            record.device = await self._mounter.ready(record, process)
+            async with self._mounter.starting(record):
+                process = entry.process = await self._mounter.start(record, credential)
+                record.process = process.identity
+                await self._journal.save_mount(Step.MOUNT_STARTED, record)
+                record.device = await self._mounter.ready(record, process)
             await self._mounter.place(record)
             await self._journal.save_mount(Step.MOUNT_LIVE, in_state(record, MountState.LIVE))
         except MooringError as err:
@@ -338,10 +339,11 @@ class Lifecycle:
         self._keys.tell_state(new, old.state)
         process: MountProcess | None = None
         try:
-            process = await self._mounter.start(new, credential)
-            new.process = process.identity
-            await self._journal.save_mount(Step.MOUNT_STARTED, new)
-            new.device = await self._mounter.ready(new, process)
+            async with self._mounter.starting(new):
+                process = await self._mounter.start(new, credential)
+                new.process = process.identity
+                await self._journal.save_mount(Step.MOUNT_STARTED, new)
+                new.device = await self._mounter.ready(new, process)
             await self._journal.save_mount(Step.REPAIR_PLACE, new)
             staged_ms = round((time.monotonic() - begun) * 1000, 1)
             count = await self._put_in_place(entry, new)
@@ -448,10 +450,11 @@ class Lifecycle:
         entry.retired[new.token] = None
         process: MountProcess | None = None
         try:
-            process = entry.retired[new.token] = await self._mounter.start(new, credential)
-            new.process = process.identity
-            await self._journal.retire(Step.RENEW_STARTED, RetiredRecord(new.token, new.key, new.process))
-            new.device = await self._mounter.ready(new, process)
+            async with self._mounter.starting(new):
+                process = entry.retired[new.token] = await self._mounter.start(new, credential)
+                new.process = process.identity
+                await self._journal.retire(Step.RENEW_STARTED, RetiredRecord(new.token, new.key, new.process))
+                new.device = await self._mounter.ready(new, process)
         except MooringError:
             await self._mounter.undo(new, process)
             await self._journal.drop_retired(new.token)

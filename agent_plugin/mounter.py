@@ -40,6 +40,9 @@ _POLL_SECONDS = (0.004, 0.05)
 # How long a process may take from the unmount to its exit, before it is told to. It leaves at once unless a container
 # still holds a copy of the mount, or its last requests are slow.
 _EXIT_SECONDS = 5.0
+# The kernel does one after the other; more would only wait in line while their deadline runs.
+_UNMOUNTS_AT_ONCE = 8
+_STARTS_AT_ONCE = 16
 
 
 def new_token() -> str:
@@ -48,7 +51,10 @@ def new_token() -> str:
 
 
 class Mounter:
-    """`scratch` is a directory on disk where every mount gets a 0700 folder of its own for temporary files."""
+    """`scratch` is a directory on disk where every mount gets a 0700 folder of its own for temporary files.
+
+    Hold `unmounting` around every unmount: hundreds may end at the same moment.
+    """
 
     def __init__(
         self,
@@ -68,6 +74,8 @@ class Mounter:
         self._deadline = deadline
         self._ca_file = ca_file
         self._cgroups = cgroups
+        self._starting: dict[str, asyncio.Semaphore] = {}
+        self.unmounting = asyncio.Semaphore(_UNMOUNTS_AT_ONCE)
 
     async def check(self, plan: MountPlan, credential: S3Credential) -> None:
         """Everything that can be known before a process is started. Touches nothing on this host.
@@ -121,6 +129,13 @@ class Mounter:
     def last_words(self, record: MountRecord, process: MountProcess) -> str:
         """Why a process ended, as far as it or the kernel says."""
         return self._cgroups.reason(record.token) or process.last_words()
+
+    def starting(self, record: MountRecord) -> asyncio.Semaphore:
+        """Hold it from `start` until `ready`: when hundreds die at once, all starting at once would miss their deadline.
+
+        One for each endpoint, so that a server that is silent holds up nobody else's mounts.
+        """
+        return self._starting.setdefault(record.plan.location.endpoint, asyncio.Semaphore(_STARTS_AT_ONCE))
 
     async def ready(self, record: MountRecord, process: MountProcess) -> str:
         """Waits until the staged mount is usable. Returns its device, "major:minor".
@@ -250,7 +265,8 @@ class Mounter:
             for place in places:
                 unmount_stack(place)
 
-        await off_loop("an unmount", KERNEL_SECONDS, work)
+        async with self.unmounting:
+            await off_loop("an unmount", KERNEL_SECONDS, work)
 
     async def _abort(self, connections: Iterable[int]) -> None:
         for connection in connections:
