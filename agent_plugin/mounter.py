@@ -131,7 +131,7 @@ class Mounter:
         return self._cgroups.reason(record.token) or process.last_words()
 
     def starting(self, record: MountRecord) -> asyncio.Semaphore:
-        """Hold it from `start` until `ready`: when hundreds die at once, all starting at once would miss their deadline.
+        """Hold it from `start` until `ready`: if hundreds die at once, all starting at once would miss their deadline.
 
         One for each endpoint, so that a server that is silent holds up nobody else's mounts.
         """
