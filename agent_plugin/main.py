@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import os
 import resource
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from storage_proxy.client import ManagerClient
 from storage_proxy.core import logs
@@ -56,6 +58,8 @@ log = logs.get_logger(__name__)
 _REGISTER_SECONDS = (1.0, 60.0)
 _TRIM_SECONDS = 30.0
 
+Work = Callable[[], Coroutine[Any, Any, None]]  # Any: what a coroutine is sent and yields, which nobody uses
+
 
 def harden_process() -> None:
     """No core dumps of this process or of those it starts: their memory holds credentials."""
@@ -87,6 +91,42 @@ class Agent:
 @asynccontextmanager
 async def running(config: AgentConfig) -> AsyncIterator[Agent]:
     """Everything but the listening socket: state, reconciled mounts, background tasks."""
+    async with AsyncExitStack() as stack:
+        node = await _take_over(config, stack)
+        volumes = await _adapters(node, stack)
+        watch = _watch(node, volumes)
+        async with asyncio.TaskGroup() as tasks:
+            background = [tasks.create_task(work(), name=name) for name, work in watch.work.items()]
+            try:
+                yield Agent(node.attachments, watch.renewals, Server(_listeners(node, watch, volumes)))
+            finally:
+                for task in background:
+                    task.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """The mounts of this node, as they are after the start, and what they are made with."""
+
+    config: AgentConfig
+    token: Secret | None  # for the manager extension
+    state: Path
+    layout: Layout
+    drivers: Drivers
+    sealing_key: SealingKey
+    verifier: GrantVerifier
+    journal: Journal
+    prober: Prober
+    cgroups: Cgroups
+    mounter: Mounter
+    binds: Binds
+    strays: Strays
+    attachments: Attachments
+    events: EventLog
+
+
+async def _take_over(config: AgentConfig, stack: AsyncExitStack) -> _Node:
+    """Locks the place, and takes over or takes away what a former agent left."""
     section = config.agent
     state = _state_dir(section.state_dir)
     scratch = state / "scratch"
@@ -96,159 +136,202 @@ async def running(config: AgentConfig) -> AsyncIterator[Agent]:
     sealing_key = SealingKey.load_or_create(state / "sealing.key")
     token = read_secret(config.manager.token_file) if config.manager is not None else None
     verifier = GrantVerifier(section.id, config.grants.public_key_files if config.grants else (), sealing_key)
-    async with AsyncExitStack() as stack:
-        lock = layout.lock()
-        stack.callback(layout.unlock, lock)
+    lock = layout.lock()
+    stack.callback(layout.unlock, lock)
+    layout.make_runtime()
+    journal = await Journal.open(state / "journal.sqlite")
+    stack.push_async_callback(journal.close)
+    prober = await stack.enter_async_context(Prober())
+    cgroups = Cgroups(section.id, section.mount_memory_limit)
+    stack.push_async_callback(cgroups.close)
+    mounter = Mounter(
+        layout,
+        drivers,
+        prober,
+        scratch,
+        deadline=section.mount_deadline,
+        ca_file=config.driver.s3fs.ca_file,
+        cgroups=cgroups,
+    )
+    binds = Binds(layout)
+    strays = Strays(layout, drivers, scratch)
+    takeover = Takeover(layout, journal, strays, scratch)
+    if section.stop_mounts_on_exit:
+        found = await takeover.clean()
         layout.make_runtime()
-        journal = await Journal.open(state / "journal.sqlite")
-        stack.push_async_callback(journal.close)
-        prober = await stack.enter_async_context(Prober())
-        cgroups = Cgroups(section.id, section.mount_memory_limit)
-        stack.push_async_callback(cgroups.close)
-        mounter = Mounter(
-            layout,
-            drivers,
-            prober,
-            scratch,
-            deadline=section.mount_deadline,
-            ca_file=config.driver.s3fs.ca_file,
-            cgroups=cgroups,
-        )
-        binds = Binds(layout)
-        strays = Strays(layout, drivers, scratch)
-        takeover = Takeover(layout, journal, strays, scratch)
-        if section.stop_mounts_on_exit:
-            found = await takeover.clean()
-            layout.make_runtime()
-            stack.push_async_callback(_leave_nothing, layout)
-        layout.prepare()
-        attachments = await stack.enter_async_context(
-            Attachments(
-                verifier=verifier,
-                journal=journal,
-                mounter=mounter,
-                binds=binds,
-                drivers=drivers,
-                grace=section.grace_period,
-                warn_mounts=section.warn_mounts,
-                max_mounts=section.max_mounts,
-                repair_attempts=section.repair_attempts,
-                repair_pause=section.repair_pause,
-                mend=_mend,
-            )
-        )
-        events = EventLog(section.id)
-        attachments.listen(events.note)
-        if section.stop_mounts_on_exit:
-            stack.push_async_callback(attachments.stop_all)
-        else:
-            found = await takeover.adopt(attachments, mounter, binds)
-        found.tell()
-        await cgroups.sweep(attachments.tokens())
-        volumes = None
-        if config.volume_plugin is not None:
-            book = await VolumeBook.open(state / "volumes.json")
-            stack.push_async_callback(book.close)
-            volumes = await stack.enter_async_context(
-                Volumes(config.volume_plugin, book, attachments, binds, drivers, interval=section.reconcile_interval)
-            )
-        if config.backend_ai.root and config.manager is not None and token is not None:
-            manager = await stack.enter_async_context(ManagerClient(config.manager.url, token))
-            await stack.enter_async_context(
-                volume_roots(
-                    config.backend_ai,
-                    agent_id=section.id,
-                    attachments=attachments,
-                    manager=manager,
-                    runtime=layout.runtime,
-                    keep=not section.stop_mounts_on_exit,
-                )
-            )
-        grants = ManagerGrants(config.manager.url, config.manager.token_file) if config.manager else None
-        renewals = Renewals(attachments, mounter, verifier, grants)
-
-        def warnings() -> list[str]:
-            found = renewals.warnings(attachments.warnings()) + cgroups.warnings()
-            return found if volumes is None else found + volumes.warnings()
-
-        resources = Resources(attachments.mounts)
-        publisher = None
-        if config.redis is not None:
-            publisher = StatusPublisher(
-                config.redis,
-                attachments,
-                events,
-                resources.of,
-                warnings=warnings,
-                mounts_stay=not section.stop_mounts_on_exit,
-            )
-        attachments.listen(resources.note)
-        watchdog = Watchdog(
-            attachments,
-            mounter,
-            prober,
-            layout.fusectl,
-            interval=section.watch_interval,
-            hang_deadline=section.hang_deadline,
-            s3_check_interval=section.s3_check_interval,
-        )
-        metrics = AgentMetrics(
-            section.id, attachments, resources, cgroups, watchdog, publisher, max_mounts=section.max_mounts
-        )
-        reconciler = Reconciler(
-            layout,
-            journal,
-            attachments,
-            strays,
-            interval=section.reconcile_interval,
+        stack.push_async_callback(_leave_nothing, layout)
+    layout.prepare()
+    attachments = await stack.enter_async_context(
+        Attachments(
+            verifier=verifier,
+            journal=journal,
+            mounter=mounter,
+            binds=binds,
+            drivers=drivers,
             grace=section.grace_period,
-            release_after=section.release_unheld_after,
-            keeps=volumes.holds if volumes is not None else None,
+            warn_mounts=section.warn_mounts,
+            max_mounts=section.max_mounts,
+            repair_attempts=section.repair_attempts,
+            repair_pause=section.repair_pause,
+            mend=_mend,
         )
-        if found.detail:
-            attachments.tell(EventKind.RECONCILED, **found.detail)
-        async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(_trim(layout), name="trim logs")]
-            background.append(tasks.create_task(reconciler.run(), name="reconcile"))
-            background.append(tasks.create_task(watchdog.run(), name="watchdog"))
-            background.append(tasks.create_task(resources.run(), name="resources"))
-            if publisher is not None:
-                background.append(tasks.create_task(publisher.run(), name="status"))
-            background.append(tasks.create_task(renewals.run(), name="renewals"))
-            if config.manager is not None and token is not None:
-                work = _register(config.manager.url, token, section.id, sealing_key.public)
-                background.append(tasks.create_task(work, name="register"))
-            api = AgentApi(
-                agent_id=section.id,
-                public_key=sealing_key.public,
-                attachments=attachments,
-                renewals=renewals,
-                max_mounts=section.max_mounts,
-                pid=os.getpid(),
-                drivers=lambda: _driver_states(drivers),
-                warnings=warnings,
-                publisher=publisher,
+    )
+    events = EventLog(section.id)
+    attachments.listen(events.note)
+    if section.stop_mounts_on_exit:
+        stack.push_async_callback(attachments.stop_all)
+    else:
+        found = await takeover.adopt(attachments, mounter, binds)
+    found.tell()
+    if found.detail:
+        attachments.tell(EventKind.RECONCILED, **found.detail)
+    await cgroups.sweep(attachments.tokens())
+    return _Node(
+        config=config,
+        token=token,
+        state=state,
+        layout=layout,
+        drivers=drivers,
+        sealing_key=sealing_key,
+        verifier=verifier,
+        journal=journal,
+        prober=prober,
+        cgroups=cgroups,
+        mounter=mounter,
+        binds=binds,
+        strays=strays,
+        attachments=attachments,
+        events=events,
+    )
+
+
+async def _adapters(node: _Node, stack: AsyncExitStack) -> Volumes | None:
+    """Who asks for mounts besides the API: the volume plugin (returned), the paths of Backend.AI."""
+    config, section = node.config, node.config.agent
+    volumes = None
+    if config.volume_plugin is not None:
+        book = await VolumeBook.open(node.state / "volumes.json")
+        stack.push_async_callback(book.close)
+        volumes = await stack.enter_async_context(
+            Volumes(
+                config.volume_plugin,
+                book,
+                node.attachments,
+                node.binds,
+                node.drivers,
+                interval=section.reconcile_interval,
             )
-            operations = Operations(attachments, Inspector(attachments, layout, resources.of), events)
-            checks = _health_checks(journal, drivers, warnings, publisher)
-            uids = {*section.allowed_uids, os.geteuid()}
-            try:
-                app = make_app(api, uids, checks, metrics)
-                app.add_routes(operations.routes())
-                app.on_shutdown.append(operations.end_streams)
-                listeners = [Listener(app, "agent API", socket=_socket_place(section.api_socket))]
-                if config.volume_plugin is not None and volumes is not None:
-                    plugin = make_plugin_app(volumes, {*config.volume_plugin.allowed_uids, os.geteuid()})
-                    place = _socket_place(config.volume_plugin.socket)
-                    listeners.append(Listener(plugin, "volume plugin", socket=place))
-                if section.metrics_port is not None:
-                    listeners.append(
-                        Listener(make_metrics_app(metrics, checks), "metrics", "127.0.0.1", section.metrics_port)
-                    )
-                yield Agent(attachments, renewals, Server(listeners))
-            finally:
-                for task in background:
-                    task.cancel()
+        )
+    if config.backend_ai.root and config.manager is not None and node.token is not None:
+        manager = await stack.enter_async_context(ManagerClient(config.manager.url, node.token))
+        await stack.enter_async_context(
+            volume_roots(
+                config.backend_ai,
+                agent_id=section.id,
+                attachments=node.attachments,
+                manager=manager,
+                runtime=node.layout.runtime,
+                keep=not section.stop_mounts_on_exit,
+            )
+        )
+    return volumes
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """Everything that looks at the mounts. `work`: what has to run, by name."""
+
+    renewals: Renewals
+    resources: Resources
+    metrics: AgentMetrics
+    publisher: StatusPublisher | None
+    warnings: Callable[[], list[str]]
+    work: dict[str, Work]
+
+
+def _watch(node: _Node, volumes: Volumes | None) -> _Watch:
+    config, section, attachments = node.config, node.config.agent, node.attachments
+    grants = ManagerGrants(config.manager.url, config.manager.token_file) if config.manager else None
+    renewals = Renewals(attachments, node.mounter, node.verifier, grants)
+
+    def warnings() -> list[str]:
+        found = renewals.warnings(attachments.warnings()) + node.cgroups.warnings()
+        return found if volumes is None else found + volumes.warnings()
+
+    resources = Resources(attachments.mounts)
+    attachments.listen(resources.note)
+    publisher = None
+    if config.redis is not None:
+        publisher = StatusPublisher(
+            config.redis,
+            attachments,
+            node.events,
+            resources.of,
+            warnings=warnings,
+            mounts_stay=not section.stop_mounts_on_exit,
+        )
+    watchdog = Watchdog(
+        attachments,
+        node.mounter,
+        node.prober,
+        node.layout.fusectl,
+        interval=section.watch_interval,
+        hang_deadline=section.hang_deadline,
+        s3_check_interval=section.s3_check_interval,
+    )
+    reconciler = Reconciler(
+        node.layout,
+        node.journal,
+        attachments,
+        node.strays,
+        interval=section.reconcile_interval,
+        grace=section.grace_period,
+        release_after=section.release_unheld_after,
+        keeps=volumes.holds if volumes is not None else None,
+    )
+    metrics = AgentMetrics(
+        section.id, attachments, resources, node.cgroups, watchdog, publisher, max_mounts=section.max_mounts
+    )
+    work: dict[str, Work] = {
+        "trim logs": partial(_trim, node.layout),
+        "reconcile": reconciler.run,
+        "watchdog": watchdog.run,
+        "resources": resources.run,
+        "renewals": renewals.run,
+    }
+    if publisher is not None:
+        work["status"] = publisher.run
+    if config.manager is not None and node.token is not None:
+        work["register"] = partial(_register, config.manager.url, node.token, section.id, node.sealing_key.public)
+    return _Watch(renewals, resources, metrics, publisher, warnings, work)
+
+
+def _listeners(node: _Node, watch: _Watch, volumes: Volumes | None) -> list[Listener]:
+    config, section, attachments = node.config, node.config.agent, node.attachments
+    api = AgentApi(
+        agent_id=section.id,
+        public_key=node.sealing_key.public,
+        attachments=attachments,
+        renewals=watch.renewals,
+        max_mounts=section.max_mounts,
+        pid=os.getpid(),
+        drivers=lambda: _driver_states(node.drivers),
+        warnings=watch.warnings,
+        publisher=watch.publisher,
+    )
+    operations = Operations(attachments, Inspector(attachments, node.layout, watch.resources.of), node.events)
+    checks = _health_checks(node.journal, node.drivers, watch.warnings, watch.publisher)
+    app = make_app(api, {*section.allowed_uids, os.geteuid()}, checks, watch.metrics)
+    app.add_routes(operations.routes())
+    app.on_shutdown.append(operations.end_streams)
+    listeners = [Listener(app, "agent API", socket=_socket_place(section.api_socket))]
+    if config.volume_plugin is not None and volumes is not None:
+        plugin = make_plugin_app(volumes, {*config.volume_plugin.allowed_uids, os.geteuid()})
+        listeners.append(Listener(plugin, "volume plugin", socket=_socket_place(config.volume_plugin.socket)))
+    if section.metrics_port is not None:
+        app = make_metrics_app(watch.metrics, checks)
+        listeners.append(Listener(app, "metrics", "127.0.0.1", section.metrics_port))
+    return listeners
 
 
 async def _mend(old_devices: Collection[str], source: Path) -> int:
