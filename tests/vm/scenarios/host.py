@@ -297,12 +297,17 @@ def _tail(log: Path) -> str:
     return log.read_text(errors="replace")[-12_000:] if log.exists() else ""
 
 
+def take_down(place: Path) -> None:
+    """Whatever is mounted at or below a path, and nobody uses any more."""
+    while entries := entries_below(place):
+        unmount(Path(entries[-1].mount_point), lazy=True)
+
+
 def wipe(node: HostNode) -> None:
     """Whatever a failed scenario left, so that the next one fails for reasons of its own."""
     for pid in node.processes():
         os.kill(pid, signal.SIGKILL)
     for place in (node.runtime, node.place):
-        while entries := entries_below(place):
-            unmount(Path(entries[-1].mount_point), lazy=True)
+        take_down(place)
     for place in (node.place, node.state, node.runtime):
         shutil.rmtree(place, ignore_errors=True)

@@ -13,7 +13,7 @@ import pytest_asyncio
 from agent_plugin.kernel import Propagation, set_propagation, top_at
 from tests.t4_agent.podman import Podman
 
-from .host import Host, HostNode, command, running_host
+from .host import ABILITIES, UNIT, Host, HostNode, command, running_host, systemctl, take_down
 from .server import BUCKET
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.expects_log("mount process ended")]
@@ -21,16 +21,25 @@ pytestmark = [pytest.mark.asyncio, pytest.mark.expects_log("mount process ended"
 
 @pytest_asyncio.fixture(params=["shared", "private"])
 async def foreign(request: pytest.FixtureRequest, node: HostNode, podman: Podman) -> AsyncIterator[Host]:
-    """An agent on a host whose every mount has this propagation."""
+    """An agent that starts on a host whose every mount has this propagation."""
     root = top_at("/")
     assert root is not None
     usual = "shared" if root.is_shared else "private"
+    await _without_agent(node)
     await _make(request.param)
     try:
         async with running_host(node, podman, BUCKET) as host:
             yield host
     finally:
+        await _without_agent(node)
         await _make(usual)
+
+
+async def _without_agent(node: HostNode) -> None:
+    """The agent's own mounts would change with all others."""
+    if "systemd" in ABILITIES:
+        await systemctl("stop", UNIT)
+    take_down(node.runtime)
 
 
 async def _make(propagation: str) -> None:
