@@ -306,7 +306,7 @@ async def wait_ready(
                 hint="Check that the S3 server answers; raise mount-deadline if it is slow.",
             )
         await asyncio.sleep(pause)
-        pause = min(pause * 1.5, longest)
+        pause = min(pause * 1.25, longest)
 
 
 async def _settled(place: Path, seen: MountEntry, process: MountProcess) -> bool:
