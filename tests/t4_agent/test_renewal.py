@@ -200,6 +200,12 @@ def ends(attachments: Attachments) -> datetime | None:
     return None if record.credential_expires is None else datetime.fromtimestamp(record.credential_expires, UTC)
 
 
+def _a_new_key_lives_longer(attachments: Attachments) -> bool:
+    """A key of a minute that is made now ends noticeably later than the one in use."""
+    end = ends(attachments)
+    return end is not None and datetime.now(UTC) + timedelta(seconds=59) > end
+
+
 async def off(call: Callable[[], str]) -> str:
     """In a thread: what a mount does must not stop the agent, which runs in this loop."""
     return await asyncio.wait_for(asyncio.to_thread(call), 30)
@@ -252,7 +258,6 @@ async def cluster(s3_server: S3Server, s3: S3Client, bucket: str, tmp_path: Path
 
 
 @pytest.mark.semantics(17)
-@pytest.mark.semantics(17)
 @pytest.mark.expects_log("a mount process does not serve")  # for a moment, where the machine is busy
 async def test_three_renewals_without_a_failed_open(cluster: Cluster, node: Node) -> None:
     """Keys are made, replaced and revoked by the storage proxy; the session's container notices nothing."""
@@ -277,6 +282,7 @@ async def test_three_renewals_without_a_failed_open(cluster: Cluster, node: Node
         agent.renewals._wake.set()
         async with reader(bind.source, node.place / "rounds") as told:
             for _ in range(3):
+                await until(lambda: _a_new_key_lives_longer(agent.attachments), "time passes")
                 async with cluster.proxy.proxy.database.session() as session:
                     current = (await session.scalars(select(MountCredential))).one()
                 await shift(
