@@ -101,7 +101,7 @@ def ensure(say: Callable[[str], None]) -> Images:
     name = cache_name(SUITE, time.strftime("%Y-%m"), packages())
     place = cache_dir() / name
     place.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(place.parent / "lock"):
+    with locked(place.parent / "lock"):
         if not place.is_dir():
             for old in place.parent.glob(f"{SUITE}-*"):
                 if not old.name.startswith(f"{SUITE}-{time.strftime('%Y-%m')}-"):
@@ -255,8 +255,8 @@ def _write(path: Path, text: str, mode: int = 0o644) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One builder at a time."""
+def locked(path: Path) -> Iterator[None]:
+    """One at a time; the others wait."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

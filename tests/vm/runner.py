@@ -155,6 +155,24 @@ def make(backend: str, place: Path, images: Images) -> Machine:
     return qemu.Qemu(place, images, os.environ.get("MOORING_VM_ACCEL"))
 
 
+def _run_one(backend: str, place: Path, images: Images, tests: Sequence[str]) -> Report:
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(mode=0o700)
+    machine = make(backend, place, images)
+    say(f"starting {machine.name}")
+    run = Run(machine, place)
+    try:
+        run.all(tests)
+    except MachineError as err:
+        run.report.error = str(err)
+    finally:
+        for pattern in ("*.qcow2", "*.cow", "*.img"):
+            for disk in place.glob(pattern):
+                disk.unlink()
+    say(f"logs of {machine.name} are in {place}")
+    return run.report
+
+
 def run_tests(wanted: str, tests: Sequence[str]) -> int:
     """Exit code: 0 if every backend passed, 1 if something failed, 3 if this host cannot do it."""
     if reason := image.unsupported():
@@ -170,21 +188,9 @@ def run_tests(wanted: str, tests: Sequence[str]) -> int:
     reports = []
     for backend in backends:
         place = image.cache_dir() / "last" / backend
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(mode=0o700, parents=True)
-        machine = make(backend, place, images)
-        say(f"starting {machine.name}")
-        run = Run(machine, place)
-        try:
-            run.all(tests)
-        except MachineError as err:
-            run.report.error = str(err)
-        finally:
-            for pattern in ("*.qcow2", "*.cow", "*.img"):
-                for disk in place.glob(pattern):
-                    disk.unlink()
-        reports.append(run.report)
-        say(f"logs of {machine.name} are in {place}")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with image.locked(place.with_suffix(".lock")):
+            reports.append(_run_one(backend, place, images, tests))
     say("results")
     for report in reports:
         for line in report.lines():
