@@ -3,7 +3,8 @@
 One SQLite file in WAL mode. A row is written before the step it announces and deleted after the last trace is gone, so
 whatever a killed agent leaves behind has a row. A committed row survives the death of the agent; a power cut may take
 the last ones back, but it ends every mount and container that they tell of as well (measured: 1.7 ms less for each
-step). What a person ordered, a drain, is forced to the disk. Every transaction is a named step (`Step`), in this order:
+step). The use of a grant, and a drain, are forced to the disk. Every transaction is a named step (`Step`), in this
+order:
 
     attach   attach.begin -> mount.started -> mount.live -> attach.bound       (an existing mount: begin, bound)
     detach   detach.begin -> detach.done; after the last: mount.draining -> mount.gone
@@ -117,7 +118,8 @@ class Step(StrEnum):
     CLEAR = "clear"
 
 
-_FORCED = frozenset({Step.DRAIN_BEGIN, Step.DRAIN_END})
+# The first remembers that a grant was used, also for the time after a power cut.
+_FORCED = frozenset({Step.ATTACH_BEGIN, Step.DRAIN_BEGIN, Step.DRAIN_END})
 
 
 class AttachmentState(StrEnum):

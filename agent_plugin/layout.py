@@ -162,7 +162,7 @@ class Layout:
                 if not entries_at(private, table):
                     private.mkdir(mode=0o700, exist_ok=True)
                     mount(_SOURCE, private, "tmpfs", _QUIET, "mode=0700,size=16m")
-                    set_propagation(private, Propagation.PRIVATE)
+                set_propagation(private, Propagation.PRIVATE)
             for plain in (self.pool, self.sessions, self.logs):
                 plain.mkdir(mode=0o700, exist_ok=True)
             _fusectl.ensure_mounted(self.fusectl)
@@ -173,6 +173,12 @@ class Layout:
                 f"The agent cannot make its mount base at {self.runtime}: {err.strerror}.",
                 hint="Check the runtime-dir.",
             ) from None
+
+    def keep_stage_private(self) -> None:
+        """Somebody may have made all mounts of the host shared (`mount --make-rshared /`): then what is staged would
+        appear elsewhere, and the kernel refuses to move it into the pool (EINVAL). One system call if all is well.
+        """
+        set_propagation(self.stage, Propagation.PRIVATE)
 
     def mounts(self) -> list[MountEntry]:
         """The base and everything mounted below it, in the order of mounting."""

@@ -111,6 +111,7 @@ class Mounter:
         driver = self._drivers.get(record.plan.driver)
         scratch = self._scratch / token
         try:
+            layout.keep_stage_private()
             layout.staged(token).mkdir(mode=0o700)
             scratch.mkdir(mode=0o700)
         except OSError as err:
@@ -156,6 +157,7 @@ class Mounter:
         def move() -> None:
             unmount_stack(target)  # first: a dead mount answers neither mkdir nor stat
             target.mkdir(mode=0o755, exist_ok=True)
+            self._layout.keep_stage_private()
             move_mount(self._layout.staged(record.token), target)
             self._layout.staged(record.token).rmdir()
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -29,6 +30,10 @@ pytestmark = [
     pytest.mark.asyncio,
     pytest.mark.expects_log("mount process ended"),
 ]
+
+
+def make_all_shared(node: Node) -> None:
+    subprocess.run(["mount", "--make-rshared", str(node.runtime)], check=True)
 
 
 def mount_pid(node: Node) -> int:
@@ -107,6 +112,21 @@ async def test_read_only_stays_read_only(node: Node, folder: str) -> None:
         assert "ro" in top.super_options
         with pytest.raises(OSError, match="Read-only"):
             (Path(spec.source) / "no").touch()
+
+
+async def test_a_host_whose_mounts_were_all_made_shared(node: Node, folder: str) -> None:
+    """As `mount --make-rshared /` does, under a running agent: it still mounts and repairs."""
+    async with node.manager() as (agent, manager):
+        first = await agent.attach(node.grant(node.request(folder, "data")))
+        make_all_shared(node)
+        await crash(node, manager)
+        assert (Path(first.source) / "hello.txt").read_text() == "hello from data/"
+        make_all_shared(node)
+        second = await agent.attach(node.grant(node.request(folder, "other")))
+        assert (Path(second.source) / "hello.txt").read_text() == "hello from other/"
+        for spec in (first, second):
+            await agent.detach_session(spec.session_id)
+        assert node.residue() == {}
 
 
 async def test_no_other_mount_notices(node: Node, folder: str) -> None:
