@@ -192,7 +192,7 @@ async def test_the_worst_mount_speaks_for_its_volume(
 ) -> None:
     """One of two mounts is dead for good: its key is not accepted any more."""
     async with node.agent(redis=settings(server), repair_attempts=1) as agent:
-        await agent.attach(node.grant(node.request(folder, "data")))
+        spec = await agent.attach(node.grant(node.request(folder, "data")))
         (pid,) = node.processes()
         await agent.attach(node.grant(node.request(folder, "other")))
 
@@ -201,8 +201,8 @@ async def test_the_worst_mount_speaks_for_its_volume(
             return bool(volumes["minio"]["worst_state"] == state and sum(volumes["minio"]["by_state"].values()) == 2)
 
         await until_async(lambda: told(MountState.LIVE), "both live")
-        for path in node.credentials():
-            path.write_text("AWSAccessKeyId=WRONG\nAWSSecretKey=wrong\n")
+        credential = node.runtime / "creds" / spec.mount_key
+        credential.write_text("AWSAccessKeyId=WRONG\nAWSSecretKey=wrong\n")
         os.kill(pid, signal.SIGKILL)
         await until_async(lambda: told(MountState.FAILED), "the failed one is told", 30.0)
         volume = json.loads(str(await client.hget(f"mooring:agent:{AGENT_ID}", "volumes")))["minio"]
